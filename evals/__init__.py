@@ -1,0 +1,1 @@
+"""Evaluations of language models: perplexity, long context, retrieval, harness adapters and reports."""

@@ -1,0 +1,167 @@
+"""usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
+
+Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
+folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
+document; without it, the run's own held-out data. Each document is scored by itself, end-of-text included, every token
+once, with a sliding window. --compressors prints gzip -9, bz2 -9 and xz -9 on the same bytes beside the model.
+
+The result is one JSON line on stdout, and in the run's folder: evaluate.json for its own data, evaluate-NAME.json for
+other DATA.
+
+keys:
+  split=valid         of prepared data
+  stride=half         tokens by which the window moves: half or full of its length, or a number
+  context=            window length (default: the model's max_seq_len)
+  precision=          fp32 or bf16 (default: as the run was trained; fp32 for a Hugging Face model)
+  batch_tokens=16384  tokens that run together
+  max_documents=      only the first ones
+  device=auto         auto, cpu or cuda
+  tokenizer=          folder of the tokenizer, if it does not lie with the model
+  out=                where to write the JSON (default: in the run's folder; not for a Hugging Face model)
+  num_threads=        CPU threads
+
+examples:
+  python launch/evaluate.py runs/quickstart --compressors
+  python launch/evaluate.py runs/quickstart my/file.txt stride=full precision=fp32
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import Field
+
+from launch._cli import Parser, run
+from llm.config.base import Config, Count
+from llm.config.load import load_config
+from llm.core.errors import UserError
+
+
+class EvaluateOptions(Config):
+    """The keys of this command."""
+
+    split: str = "valid"
+    stride: Literal["half", "full"] | Count = "half"
+    context: int | None = Field(None, ge=2)
+    precision: Literal["fp32", "bf16"] | None = None
+    batch_tokens: Count = Field(16384, ge=1)
+    max_documents: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tokenizer: str | None = None
+    out: str | None = None
+    num_threads: int | None = Field(None, ge=1)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    parser = Parser(prog="evaluate")
+    parser.add_argument("--compressors", action="store_true")
+    parser.add_argument("words", nargs="*")
+    flags = [word for word in argv if word.startswith("-")]
+    given = parser.parse_args([*flags, "--", *(word for word in argv if not word.startswith("-"))])
+    paths = [word for word in given.words if "=" not in word or Path(word).exists()]
+    options = load_config(EvaluateOptions, [word for word in given.words if word not in paths])
+    if not paths:
+        raise UserError(
+            "no model given; the first argument is a run folder, a checkpoint or a Hugging Face folder (see --help)"
+        )
+    result = evaluate(Path(paths[0]), paths[1:], options, compressors=given.compressors)
+    print(json.dumps(result))
+    sys.stdout.flush()
+
+
+def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compressors: bool = False) -> dict[str, Any]:
+    """Evaluate, print the table on stderr, write the JSON file; returns its content."""
+    import torch
+
+    from evals.perplexity import compressors_bits_per_byte, evaluate_documents
+    from evals.text import open_text
+    from llm.generate.load import data_folders, load_model, pick_device
+
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    device = pick_device(options.device)
+    model, tokenizer, tree = load_model(path, device=device, tokenizer=options.tokenizer)
+    paths = data or data_folders(tree)[:1]
+    if not paths:
+        raise UserError(f"{path} names no data of its own; give a folder of prepared data or text files as DATA")
+    context = options.context or model.config.max_seq_len
+    if model.config.position.type == "learned" and context > model.config.max_seq_len:
+        raise UserError(
+            f"context={context} is longer than the model's position table of {model.config.max_seq_len}; lower it"
+        )
+    if isinstance(options.stride, int) and not 1 <= options.stride <= context:
+        raise UserError(
+            f"stride={options.stride} must lie between 1 and the window length {context}, else tokens would be left out"
+        )
+    texts = open_text(paths, tokenizer, split=options.split, max_documents=options.max_documents)
+    precision = options.precision or tree.get("train", {}).get("precision") or "fp32"
+    with _progress(texts.name) as advance:
+        score = evaluate_documents(
+            model, texts.documents, tokenizer.start_id, context=context, stride=options.stride, precision=precision,
+            batch_tokens=options.batch_tokens, n_bytes=texts.n_bytes, progress=advance,
+        )  # fmt: skip
+    result: dict[str, Any] = {"model": str(path), "data": texts.name, **score.to_dict()}
+    result |= {"params": sum(p.numel() for p in model.parameters()), "device": str(device), "torch": torch.__version__}
+    result["tokens_per_second"] = round(score.n_tokens / max(score.seconds, 1e-9), 1)
+    if compressors:
+        result["compressors"] = compressors_bits_per_byte(texts.raw)
+    print(_table(result), file=sys.stderr)
+    own = not data or data == data_folders(tree)[:1]
+    _write(path, tree, options, result, "evaluate.json" if own else f"evaluate-{Path(data[0]).stem}.json")
+    return result
+
+
+def _table(result: dict[str, Any]) -> str:
+    head = (
+        f"{result['data']}: {result['n_documents']:,} documents, {result['n_tokens']:,} tokens, "
+        f"{result['n_bytes']:,} bytes; "
+        f"window {result['context']}, stride {result['stride']}, {result['precision']}, {result['seconds']:.1f} s\n"
+        f"loss {result['loss']:.4f} nats/token, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_token']:.4f} bits/token"
+    )
+    rows = {"this model": result["bits_per_byte"], **result.get("compressors", {})}
+    return "\n".join([head, *(f"  {name:<12} {value:.4f} bits/byte" for name, value in rows.items())])
+
+
+def _write(path: Path, tree: dict[str, Any], options: EvaluateOptions, result: dict[str, Any], name: str) -> None:
+    """The file `name` in the run's folder, also when one of its checkpoints was named; or the file that out= names."""
+    if options.out is None and not tree:
+        return
+    folder = (
+        path.parent.parent if path.parent.name == "checkpoints" else path.parent if path.name == "checkpoints" else path
+    )
+    target = Path(options.out) if options.out is not None else folder / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    run(main, prog="evaluate", doc=__doc__)

@@ -1,0 +1,131 @@
+"""usage: python launch/export.py RUN OUT [key=value ...]
+       python launch/export.py import HF_FOLDER RUN [name=NAME]
+
+Write a trained Llama- or Qwen3-shaped model as a plain folder for Hugging Face transformers: safetensors, config,
+generation config, tokenizer and a model card. The export is refused if the model that transformers reads from it
+computes other logits. RUN is a run folder or one of its checkpoints.
+
+`import` goes the other way: a local folder of a Llama, Qwen3, GPT-2 or GPT-NeoX (Pythia) checkpoint becomes a run
+folder with one checkpoint, which train (checkpoint.init_from), generate, evaluate and export take. Only safetensors
+are read.
+
+keys:
+  dtype=fp32            of the written weights: fp32 or bf16
+  max_shard_bytes=5B    most bytes of one file
+  overwrite=false       replace an earlier export
+  title=                name in the model card
+  tokenizer=            folder of the tokenizer, if it does not lie with the model
+  format=hf             the only one
+
+examples:
+  python launch/export.py runs/quickstart exports/quickstart dtype=bf16
+  python launch/export.py import ~/models/Llama-3.2-1B runs/llama-3.2-1b
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+from typing import Any, Literal
+
+from launch._cli import Parser, run
+from llm.checkpoint.hf.export import ExportOptions
+from llm.config.base import Config
+from llm.config.load import load_config
+from llm.core.errors import UserError
+
+
+class ExportCommandOptions(ExportOptions):
+    """The keys of this command."""
+
+    format: Literal["hf"] = "hf"
+    tokenizer: str | None = None
+
+
+class ImportOptions(Config):
+    """The keys of `import`. name: of the run (default: its folder's)."""
+
+    name: str | None = None
+    tokenizer: str | None = None
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    parser = Parser(prog="export")
+    parser.add_argument("words", nargs="*")
+    flags = [word for word in argv if word.startswith("-")]
+    words = parser.parse_args([*flags, "--", *(word for word in argv if not word.startswith("-"))]).words
+    paths = [word for word in words if "=" not in word]
+    keys = [word for word in words if "=" in word]
+    if paths[:1] == ["import"]:
+        if len(paths) != 3:
+            raise UserError(
+                f"import takes the Hugging Face folder and the run folder to write; "
+                f"given {len(paths) - 1} paths (see --help)"
+            )
+        import_hf(Path(paths[1]), Path(paths[2]), load_config(ImportOptions, keys))
+        return
+    if len(paths) != 2:
+        raise UserError(f"export takes a run and the folder to write; given {len(paths)} paths (see --help)")
+    export(Path(paths[0]), Path(paths[1]), load_config(ExportCommandOptions, keys))
+
+
+def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
+    """Export a run; prints the parity figures as a JSON line."""
+    from llm.checkpoint import load_meta, load_model_tensors, resolve_checkpoint
+    from llm.checkpoint.hf.export import export_hf
+    from llm.data.tokenizer import load_tokenizer
+    from llm.generate.load import find_tokenizer, model_config, read_run_config
+
+    step = resolve_checkpoint(run_path)
+    tree = read_run_config(step)
+    tensors = load_model_tensors(step)
+    config = model_config(tree, step, tensors["embed.weight"].shape[0] if "embed.weight" in tensors else None)
+    tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(step, tree))
+    meta = load_meta(step)
+    facts: dict[str, Any] = {"run": tree.get("name", run_path.name), "checkpoint": step.name}
+    if isinstance(meta.get("tokens"), int):
+        facts["tokens seen in training"] = f"{meta['tokens']:,}"
+    evaluated = step.parent.parent / "evaluate.json"
+    if evaluated.is_file():
+        found = json.loads(evaluated.read_text())
+        facts["held-out bits per byte"] = f"{found['bits_per_byte']:.4f} ({found['data']})"
+    chosen = ExportOptions(**{name: getattr(options, name) for name in ExportOptions.model_fields})
+    parity = export_hf(
+        config, tensors, tokenizer, out, chosen, facts=facts, log=lambda line: print(line, file=sys.stderr)
+    )
+    print(json.dumps({"export": str(out), **parity.to_dict()}))
+
+
+def import_hf(folder: Path, out: Path, options: ImportOptions) -> None:
+    """Import a Hugging Face folder as a run with one checkpoint at step 0."""
+    from llm.checkpoint import Checkpointer, TrainState
+    from llm.checkpoint.hf import load_hf
+    from llm.config.migrations import VERSION_KEY, current_version
+    from llm.config.yaml_io import dump_yaml
+    from llm.data.tokenizer import load_tokenizer
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give the name of a new run folder")
+    config, tensors = load_hf(folder)
+    tokenizer = load_tokenizer(options.tokenizer or folder)
+    if tokenizer.vocab_size > config.required_vocab_size():
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model in {folder} only {config.vocab_size}; "
+            "give its own as tokenizer=FOLDER"
+        )
+    tree = {VERSION_KEY: current_version("RunConfig"), "name": options.name or out.name, "model": config.to_dict()}
+    checkpointer = Checkpointer(out / "checkpoints", asynchronous=False, config_yaml=dump_yaml(tree))
+    meta = {"step": 0, "tokens": 0, "imported_from": str(folder)}
+    checkpointer.save(TrainState(model=tensors, meta=meta), step=0, tokens=0, kind="keep", wait=True)
+    tokenizer.save(out / "tokenizer")
+    print(json.dumps({"import": str(folder), "run": str(out), "params": config.cost().total.params}))
+
+
+if __name__ == "__main__":
+    run(main, prog="export", doc=__doc__)

@@ -1,0 +1,234 @@
+"""usage: python launch/generate.py RUN [--prompt TEXT ...] [--file FILE] [key=value ...]
+
+Continue prompts with a trained model. RUN is a run folder, one of its checkpoints, or a folder of a Hugging Face model.
+Each --prompt is one prompt; --file takes a UTF-8 file as one; with neither, stdin is read. "" starts a new text.
+
+keys:
+  max_new_tokens=256      how much to write
+  temperature=0.8         0 takes the likeliest token each time
+  top_k=  top_p=1  min_p=0  repetition_penalty=1
+  stop='["\\n\\n"]'         texts that end the output (a YAML list)
+  seed=                   repeat a result (none: a new one each time, printed at the end)
+  ignore_eos=false        go on behind the end of the text
+  n=1                     continuations of each prompt (seed, seed + 1, ...)
+  stream=                 print as it is written (default: on a terminal, for one continuation)
+  echo=true               print the prompt as well
+  jsonl=false             one JSON line for each continuation
+  lines=false             each line of the file or of stdin is a prompt of its own
+  precision=fp32          or bf16
+  device=auto             auto, cpu or cuda
+  context=                most tokens of prompt and output (default: the model's max_seq_len)
+  max_batch=32            prompts that run together
+  tokenizer=              folder of the tokenizer, if it does not lie with the model
+  num_threads=            CPU threads (default: one for small models, where more cost time)
+
+examples:
+  python launch/generate.py runs/quickstart --prompt "def " max_new_tokens=100 top_k=40
+  echo "import os" | python launch/generate.py runs/quickstart temperature=0 stop='["\\n\\n"]'
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+import random
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from launch._cli import Parser, run
+from llm.config.load import load_config
+from llm.core.errors import UserError
+from llm.generate.sampling import Sampling
+
+SMALL = 100_000_000
+"""Parameters times sequences below which the threads of one step would wait for one another longer than they work."""
+
+
+class GenerateOptions(Sampling):
+    """The keys of this command."""
+
+    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
+    n: int = Field(1, ge=1)
+    stream: bool | None = None
+    echo: bool = True
+    jsonl: bool = False
+    lines: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    context: int | None = Field(None, ge=2)
+    max_batch: int = Field(32, ge=1)
+    tokenizer: str | None = None
+    num_threads: int | None = Field(None, ge=1)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    parser = Parser(prog="generate")
+    parser.add_argument("model")
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--file", action="append", default=[])
+    parser.add_argument("options", nargs="*")
+    given = parser.parse_args(_options_last(argv))
+    options = load_config(GenerateOptions, _only_keys(given.options))
+    prompts = _prompts(given.prompt, given.file, options.lines)
+
+    import torch
+
+    from llm.generate.engine import Engine
+    from llm.generate.load import DTYPES, load_model, pick_device
+    from llm.generate.text import generate_text
+
+    device = pick_device(options.device)
+    model, tokenizer, _ = load_model(
+        given.model, device=device, dtype=DTYPES[options.precision], tokenizer=options.tokenizer
+    )
+    n_params = sum(p.numel() for p in model.parameters())
+    small = n_params * min(options.max_batch, len(prompts) * options.n) < SMALL
+    torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))
+    seed = options.seed if options.seed is not None or options.greedy else random.SystemRandom().randrange(2**31)
+    settings = {name: getattr(options, name) for name in Sampling.model_fields}
+    samplings = [
+        Sampling(**settings | {"seed": None if seed is None else seed + k}) for _ in prompts for k in range(options.n)
+    ]
+    repeated = [prompt for prompt in prompts for _ in range(options.n)]
+    stream = (
+        options.stream
+        if options.stream is not None
+        else sys.stdout.isatty() and len(repeated) == 1 and not options.jsonl
+    )
+    if stream and (len(repeated) > 1 or options.jsonl):
+        raise UserError(
+            f"stream=true prints one continuation as text; given: {len(repeated)} continuations, jsonl={options.jsonl}"
+        )
+    engine = Engine(model, eos_id=tokenizer.eos_id, max_batch=options.max_batch, context=options.context)
+    finishes = ["" for _ in repeated]
+    n_tokens = 0
+    first_token: float | None = None
+
+    def on_token(request: int) -> None:
+        nonlocal n_tokens, first_token
+        n_tokens += 1
+        first_token = first_token or time.perf_counter()
+
+    def on_text(request: int, text: str, finish: str | None) -> None:
+        finishes[request] = finish or ""
+        if stream:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    if stream and options.echo:
+        sys.stdout.write(repeated[0])
+        sys.stdout.flush()
+    began = time.perf_counter()
+    texts = generate_text(model, tokenizer, repeated, samplings, on_text=on_text, on_token=on_token, engine=engine)
+    ended = time.perf_counter()
+    if stream:
+        print()
+    else:
+        _print(options, repeated, texts, finishes, samplings)
+    _summary(n_tokens, ended - began, (first_token or ended) - began, finishes, seed, engine.context)
+
+
+def _options_last(argv: list[str]) -> list[str]:
+    """Arguments with bare key=value words behind the flags, where argparse accepts them."""
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--prompt", "--file"):
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"{word} needs a value (see --help)")
+            flags.append(f"{word}={value}")
+        elif word.startswith("-") and word != "-":
+            flags.append(word)
+        else:
+            words.append(word)
+    return [*flags, "--", *words]
+
+
+def _only_keys(words: list[str]) -> list[str]:
+    for word in words:
+        if "=" not in word:
+            raise UserError(
+                f"unexpected argument {word!r}; a prompt is given as --prompt TEXT, options as key=value (see --help)"
+            )
+    return words
+
+
+def _prompts(given: list[str], files: list[str], lines: bool) -> list[str]:
+    texts = [_read(Path(name)) for name in files]
+    if not given and not files:
+        if sys.stdin.isatty():
+            raise UserError("no prompt; give --prompt TEXT, --file FILE, or pipe one to stdin")
+        texts = [_decode(sys.stdin.buffer.read(), "stdin")]
+    if lines:
+        texts = [line for text in texts for line in text.splitlines()]
+    prompts = [*given, *texts]
+    if not prompts:
+        raise UserError("no prompt: the input has no lines")
+    return prompts
+
+
+def _read(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt in {name} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it to UTF-8"
+        ) from error
+
+
+def _print(
+    options: GenerateOptions, prompts: list[str], texts: list[str], finishes: list[str], samplings: list[Sampling]
+) -> None:
+    for number, (prompt, text, finish, sampling) in enumerate(zip(prompts, texts, finishes, samplings, strict=True)):
+        if options.jsonl:
+            print(
+                json.dumps(
+                    {"prompt": prompt, "text": text, "finish": finish, "seed": sampling.seed}, ensure_ascii=False
+                )
+            )
+            continue
+        if len(prompts) > 1:
+            print(f"=== {number + 1} of {len(prompts)} ===")
+        print((prompt if options.echo else "") + text)
+
+
+def _summary(n_tokens: int, seconds: float, first: float, finishes: list[str], seed: int | None, context: int) -> None:
+    reasons = ", ".join(f"{reason} x{finishes.count(reason)}" for reason in sorted(set(finishes)))
+    rate = (
+        (n_tokens - len(finishes)) / (seconds - first)
+        if seconds > first and n_tokens > len(finishes)
+        else n_tokens / max(seconds, 1e-9)
+    )
+    parts = [
+        f"{n_tokens} tokens in {seconds:.2f} s",
+        f"{rate:.1f} tokens/s",
+        f"first after {first * 1000:.0f} ms",
+        f"ended by {reasons}",
+    ]
+    if seed is not None:
+        parts.append(f"seed {seed}")
+    print("; ".join(parts), file=sys.stderr)
+    if "context" in finishes:
+        print(f"stopped at the model's context of {context} tokens (context=N allows another)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, prog="generate", doc=__doc__)

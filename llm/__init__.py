@@ -1,0 +1,1 @@
+"""Manyformer: one trainer, one decoder and one decode path; published architectures are interchangeable parts."""

@@ -1,0 +1,1 @@
+"""Channel mixers (feed-forward families), one file per family."""

@@ -1,0 +1,1 @@
+"""Contracts that every part shares: registry, sequence description, decode state, cost, initialisation, errors."""

@@ -1,0 +1,1 @@
+"""Decode states by kind; import them from `llm.core.state`."""

@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, preparation into token stores, mixtures, packing and the loader."""

@@ -1,0 +1,1 @@
+"""Preparation: raw text -> tokenizer -> token stores, in parallel, restartable, in constant memory."""

@@ -1,0 +1,8 @@
+"""Generation: a trained model and prompts in, tokens or text out."""
+
+from llm.generate.engine import Completion, Engine, TokenEvent
+from llm.generate.load import load_model
+from llm.generate.sampling import Sampling
+from llm.generate.text import TextStream, generate_text
+
+__all__ = ["Completion", "Engine", "Sampling", "TextStream", "TokenEvent", "generate_text", "load_model"]

@@ -1,0 +1,1 @@
+"""The decoder, its config, named variants and wrappers."""

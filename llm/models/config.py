@@ -1,0 +1,178 @@
+"""ModelConfig: a decoder as data, from which it is built, counted and costed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field, model_validator
+
+import llm.blocks  # noqa: F401  (registers the blocks that the fields below look up)
+from llm.blocks.base import (
+    BuildCtx,
+    ChannelConfig,
+    InitConfig,
+    LinearConfig,
+    MixerConfig,
+    NormConfig,
+    PositionConfig,
+    ResidualConfig,
+)
+from llm.blocks.norms import RMSNormConfig
+from llm.blocks.positions import RopeConfig
+from llm.blocks.residuals import PreNormConfig
+from llm.config.base import Config, Count
+from llm.config.load import merge
+from llm.core.cost import Cost, Mode
+from llm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.models.decoder import Decoder
+
+
+class BlockConfig(Config):
+    """One layer: a token mixer, a channel mixer, or both, joined to the residual stream.
+
+    norm and position override the model's own for this block.
+    """
+
+    mixer: MixerConfig | None = None
+    channel: ChannelConfig | None = None
+    residual: ResidualConfig = PreNormConfig()
+    norm: NormConfig | None = None
+    position: PositionConfig | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> BlockConfig:
+        if self.mixer is None and self.channel is None:
+            raise UserError("a block needs a mixer, a channel, or both")
+        return self
+
+
+class LayerGroup(Config):
+    """`pattern` repeated `repeat` times."""
+
+    pattern: list[BlockConfig] = Field(min_length=1)
+    repeat: int = Field(1, ge=1)
+
+
+class EmbedConfig(Config):
+    """Token embedding. scale: factor on its output. std: initial standard deviation (None: as linear layers).
+    norm: normalise its output."""
+
+    scale: float = 1.0
+    std: float | None = None
+    norm: NormConfig | None = None
+
+
+class HeadConfig(Config):
+    """Output layer. tied: use the embedding matrix. softcap: logits become cap * tanh(logits / cap)."""
+
+    tied: bool = True
+    bias: bool = False
+    softcap: float | None = Field(None, gt=0)
+
+
+class ModelConfig(Config):
+    """A decoder. `variant` takes a named model of llm/models/zoo.py, on which the other keys given are laid.
+
+    vocab_size None: the tokenizer's. linear: role glob -> linear config.
+    """
+
+    variant: str | None = None
+    vocab_size: Count | None = Field(None, ge=2)
+    d_model: int = Field(ge=1)
+    max_seq_len: Count = Field(1024, ge=1)
+    layers: list[LayerGroup] = Field(min_length=1)
+    embed: EmbedConfig = EmbedConfig()
+    position: PositionConfig = RopeConfig()
+    norm: NormConfig = RMSNormConfig()
+    final_norm: NormConfig | None = None
+    head: HeadConfig = HeadConfig()
+    linear: dict[str, LinearConfig] = {}
+    init: InitConfig = InitConfig()
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_variant(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("variant") is None:
+            return value
+        from llm.models.zoo import variant
+
+        return merge(variant(value["variant"]), value)
+
+    def blocks(self) -> list[BlockConfig]:
+        """One config per layer."""
+        return [block for group in self.layers for _ in range(group.repeat) for block in group.pattern]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return sum(group.repeat * len(group.pattern) for group in self.layers)
+
+    def context(self, layer: int, block: BlockConfig | None = None) -> BuildCtx:
+        """What the block at `layer` may know."""
+        return BuildCtx(
+            d_model=self.d_model,
+            layer=layer,
+            n_layers=self.n_layers,
+            max_seq_len=self.max_seq_len,
+            linears=self.linear,
+            norm_config=(block.norm if block else None) or self.norm,
+            position_config=(block.position if block else None) or self.position,
+            init=self.init,
+            dropout=self.dropout,
+        )
+
+    def build(self, device: str = "meta") -> Decoder:
+        """The module; on "meta" it has shapes but no values until it is materialised and initialised."""
+        from llm.models.decoder import Decoder
+
+        with torch.device(device):
+            return Decoder(self)
+
+    def cost(self, seq_len: int | None = None, mode: Mode = "train", state_dtype_bytes: int = 2) -> ModelCost:
+        """What the model costs at `seq_len` tokens of context (default: max_seq_len), from the config alone."""
+        seq_len = seq_len or self.max_seq_len
+        vocab = self.required_vocab_size()
+        table = vocab * self.d_model
+        position = self.position.cost(self.d_model, self.max_seq_len)
+        embed = Cost(params=table) + position
+        if self.embed.norm is not None:
+            embed = embed + self.embed.norm.cost(self.d_model)
+        blocks = Cost()
+        for layer, block in enumerate(self.blocks()):
+            dims = self.context(layer, block).dims(state_dtype_bytes)
+            if block.mixer is not None:
+                blocks = blocks + block.mixer.cost(dims, seq_len, mode)
+            if block.channel is not None:
+                blocks = blocks + block.channel.cost(dims, seq_len, mode)
+            residual = block.residual.cost(dims, mixer=block.mixer is not None, channel=block.channel is not None)
+            blocks = blocks + residual
+        own_head = (0 if self.head.tied else table) + (vocab if self.head.bias else 0)
+        head = Cost(params=own_head, active_params=table, flops_per_token=2.0 * table)
+        head = head + (self.final_norm or self.norm).cost(self.d_model)
+        return ModelCost(embed=embed, blocks=blocks, head=head)
+
+    def required_vocab_size(self) -> int:
+        """The vocabulary size, which must be known by now."""
+        if self.vocab_size is None:
+            raise UserError(
+                "model.vocab_size is not given and there is no tokenizer to take it from; set model.vocab_size"
+            )
+        return self.vocab_size
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost by part; `total` is their sum."""
+
+    embed: Cost
+    blocks: Cost
+    head: Cost
+
+    @property
+    def total(self) -> Cost:
+        return self.embed + self.blocks + self.head

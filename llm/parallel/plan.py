@@ -1,0 +1,81 @@
+"""Parallel plans: what a part wants of the strategies. A part's module knows nothing of meshes or ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from llm.blocks.channels.moe import MoEConfig
+from llm.config.base import Config
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """fp32_params: globs of dotted parameter names, such as "*.router.weight", that stay fp32 in the forward pass of a
+    bf16 run, since the part computes with them in fp32. ac_keep: operators whose results selective activation
+    checkpointing keeps besides matrix products and attention, such as "aten.bmm"."""
+
+    fp32_params: tuple[str, ...] = ()
+    ac_keep: frozenset[str] = frozenset()
+
+    def __or__(self, other: ParallelPlan) -> ParallelPlan:
+        globs = self.fp32_params + tuple(glob for glob in other.fp32_params if glob not in self.fp32_params)
+        return ParallelPlan(globs, self.ac_keep | other.ac_keep)
+
+
+_PLANS: dict[type, Callable[[Any], ParallelPlan]] = {}
+
+
+def plan_for(config_type: type[C]) -> Callable[[Callable[[C], ParallelPlan]], Callable[[C], ParallelPlan]]:
+    """Decorates fn(config) -> ParallelPlan for a mixer's, channel's or linear's config class."""
+
+    def register(make: Callable[[C], ParallelPlan]) -> Callable[[C], ParallelPlan]:
+        if config_type in _PLANS:
+            raise ValueError(f"{config_type.__name__} has two parallel plans")
+        _PLANS[config_type] = make
+        return make
+
+    return register
+
+
+def plan_of(config: object) -> ParallelPlan:
+    """The plan of one part; an empty one when none is registered."""
+    make = _PLANS.get(type(config))
+    return make(config) if make is not None else ParallelPlan()
+
+
+def model_plan(model: nn.Module) -> ParallelPlan:
+    """The plans of all parts of a model together, found by walking its config."""
+    plan = ParallelPlan()
+    stack: list[Any] = [getattr(model, "config", None)]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Config):
+            plan |= plan_of(value)
+            stack += [getattr(value, name) for name in type(value).model_fields]
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list | tuple):
+            stack += value
+    return plan
+
+
+def fp32_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules with a parameter of their own that the model's plan keeps in fp32, to be sharded apart from the rest."""
+    globs = model_plan(model).fp32_params
+    return [
+        module
+        for prefix, module in model.named_modules()
+        if any(fnmatchcase(f"{prefix}.{name}", glob) for name in module._parameters for glob in globs)
+    ]
+
+
+@plan_for(MoEConfig)
+def _moe_plan(config: MoEConfig) -> ParallelPlan:
+    return ParallelPlan(fp32_params=("*.router.*",), ac_keep=frozenset({"aten._grouped_mm"}))

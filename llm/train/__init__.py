@@ -1,0 +1,1 @@
+"""Training: the run config, the trainer, strategies, optimizers, losses and callbacks."""

@@ -1,0 +1,37 @@
+"""The training loss: a sum over valid tokens and their count, so that it can be divided once by the global count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llm.core.batch import IGNORE, Microbatch
+
+
+@dataclass
+class LossOut:
+    """sum: what is trained on, summed over tokens (nats, with the z-loss). count: valid tokens.
+    metrics: further sums over valid tokens; "loss" is the cross-entropy alone."""
+
+    sum: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LanguageModelLoss:
+    """Next-token cross-entropy plus z_loss * logsumexp^2, both in fp32.
+
+    chunk: tokens whose logits are held at once; None: as many as the operator finds best.
+    """
+
+    def __init__(self, z_loss: float = 0.0, chunk: int | None = None) -> None:
+        self.z_loss = z_loss
+        self.chunk = chunk
+
+    def __call__(self, model: Any, batch: Microbatch) -> LossOut:
+        hidden = model(batch.tokens, batch.seq).hidden
+        labels = batch.labels.flatten()
+        out = model.cross_entropy(hidden.flatten(0, 1), labels, z_loss=self.z_loss, chunk=self.chunk)
+        return LossOut(sum=out.total, count=(labels != IGNORE).sum(), metrics={"loss": out.nll.sum()})

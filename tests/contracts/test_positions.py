@@ -1,0 +1,22 @@
+"""Every registered position against its contracts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm.blocks import base
+from tests.contracts.checks import POSITION_CHECKS
+from tests.contracts.generate import cases, run_case, run_exemptions
+
+ENTRIES = base.POSITIONS.entries()
+
+
+@pytest.mark.parametrize(("checks", "contract", "entry", "label"), cases(POSITION_CHECKS, ENTRIES))
+def test_contract(checks: Any, contract: str, entry: Any, label: str) -> None:
+    run_case(checks, contract, entry, label)
+
+
+def test_exemptions() -> None:
+    run_exemptions(POSITION_CHECKS, ENTRIES)
