@@ -17,7 +17,7 @@ KEPT = frozenset(
         "aten.mm", "aten.addmm", "aten._scaled_mm", "higher_order.flex_attention",
         "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-        "aten._scaled_dot_product_fused_attention_overrideable",
+        "aten._scaled_dot_product_fused_attention_overrideable", "manyformer.blocked_attention",
     }
 )  # fmt: skip
 """Operators whose results selective checkpointing keeps: the products of linear layers and fused attention, costly to
