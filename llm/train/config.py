@@ -185,7 +185,7 @@ class CheckpointConfig(Config):
 
 class EvalConfig(Config):
     """Validation in the loop on the held-out split: every so many steps or tokens, over `batches` microbatches of
-    `micro_batch_size` rows (None: the whole split); always at the end when enabled."""
+    `micro_batch_size` rows over all ranks (None: the whole split); always at the end when enabled."""
 
     every_steps: Count | None = Field(None, ge=1)
     every_tokens: Count | None = Field(None, ge=1)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kernels.selftest import selftest
+from llm.blocks.base import kernel_requests
 from llm.checkpoint import Checkpointer
 from llm.config.load import config_hash, config_text
 from llm.core.errors import UserError
@@ -83,6 +85,8 @@ def build_trainer(run: RunConfig) -> Trainer:
         check_held_out(run, loader)
         torch.manual_seed(run.seed * 1_000_003 + strategy.rank)
         strategy.setup(run.model.build("meta"), run, run.seed)
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        selftest(kernel_requests(strategy.model, strategy.device, dtype), strategy.device)
         return Trainer(run, make_parts(run, strategy, loader))
     except BaseException:
         strategy.close()

@@ -202,7 +202,8 @@ class Trainer:
             was_training = model.training
             model.eval()
             for number, batch in enumerate(self.parts.validation()):
-                if self.run.eval.batches is not None and number >= self.run.eval.batches:
+                seen = number * strategy.world_size
+                if self.run.eval.batches is not None and seen >= self.run.eval.batches:
                     break
                 if self._signalled():
                     model.train(was_training)
