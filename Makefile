@@ -57,7 +57,7 @@ train: install
 	$(BIN)/python launch/prepare.py configs/prepare/stdlib.yaml
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py $(CONFIG) $(STRATEGY)
 	$(BIN)/python launch/evaluate.py $(RUN) --compressors
-	$(BIN)/python launch/generate.py $(RUN) --prompt "def "
+	$(BIN)/python launch/generate.py $(RUN) --prompt $$'import unittest\n\nclass ' max_new_tokens=120 temperature=0.7 seed=1
 
 lint: dev
 	$(BIN)/ruff check .
