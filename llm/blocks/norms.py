@@ -12,6 +12,7 @@ from llm.blocks.base import NORMS, NormConfig
 from llm.core.cost import Cost
 from llm.core.errors import UserError
 from llm.core.init import Init, constant
+from llm.core.registry import About
 
 
 @NORMS.register(
@@ -19,6 +20,11 @@ from llm.core.init import Init, constant
     tiny=lambda: RMSNormConfig(),
     paper="Zhang and Sennrich 2019",
     tinies={"plain": lambda: RMSNormConfig(affine=False)},
+    about=About(
+        equation="y = w ⊙ x / sqrt(mean(x²) + eps)",
+        use="The usual choice of today.",
+        weakness="It does not centre, so a large common offset stays in.",
+    ),
 )
 class RMSNormConfig(NormConfig):
     """x / sqrt(mean(x^2) + eps), times a weight when affine."""
@@ -63,6 +69,11 @@ class RMSNorm(nn.Module):
         "plain": lambda: LayerNormConfig(affine=False, bias=False),
         "unbiased": lambda: LayerNormConfig(bias=False),
     },
+    about=About(
+        equation="y = w ⊙ (x − mean(x)) / sqrt(var(x) + eps) + b",
+        use="GPT-2, Pythia, and papers which were tuned with it.",
+        weakness="Slower than RMSNorm by one reduction.",
+    ),
 )
 class LayerNormConfig(NormConfig):
     """(x - mean) / sqrt(var + eps), times a weight plus a bias when affine."""

@@ -13,10 +13,20 @@ from llm.blocks.rope import Rope, RopeConfig, RopeScaling  # noqa: F401  (all po
 from llm.core.cost import Cost
 from llm.core.errors import UserError
 from llm.core.init import Init
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 
 
-@POSITIONS.register("none", tiny=lambda: NoPositionConfig(), paper="Kazemnejad et al. 2023 (NoPE)")
+@POSITIONS.register(
+    "none",
+    tiny=lambda: NoPositionConfig(),
+    paper="Kazemnejad et al. 2023 (NoPE)",
+    about=About(
+        equation="nothing is added; the causal mask tells order",
+        use="Recurrent and convolutional mixers, and attention that should extend in length.",
+        weakness="Attention without positions learns order slowly and imprecisely.",
+    ),
+)
 class NoPositionConfig(PositionConfig):
     """No position encoding at all: the causal mask alone tells order."""
 
@@ -24,7 +34,16 @@ class NoPositionConfig(PositionConfig):
         return PositionEncoding()
 
 
-@POSITIONS.register("alibi", tiny=lambda: AlibiConfig(), paper="Press et al. 2021 (ALiBi)")
+@POSITIONS.register(
+    "alibi",
+    tiny=lambda: AlibiConfig(),
+    paper="Press et al. 2021 (ALiBi)",
+    about=About(
+        equation="score(q, k) −= slope_h · (position_q − position_k)",
+        use="Attention which must run at lengths beyond those trained.",
+        weakness="Far tokens are suppressed, so retrieval from far away suffers.",
+    ),
+)
 class AlibiConfig(PositionConfig):
     """A bias -slope * distance on the scores; slopes are a geometric series over heads."""
 
@@ -44,7 +63,14 @@ class Alibi(PositionEncoding):
 
 
 @POSITIONS.register(
-    "learned", tiny=lambda: LearnedPositionConfig(), paper="Gehring et al. 2017; Radford et al. 2019 (GPT-2)"
+    "learned",
+    tiny=lambda: LearnedPositionConfig(),
+    paper="Gehring et al. 2017; Radford et al. 2019 (GPT-2)",
+    about=About(
+        equation="x_t += P[t]",
+        use="GPT-2 and other models of fixed context.",
+        weakness="It has a row per position, hence no context beyond max_seq_len.",
+    ),
 )
 class LearnedPositionConfig(PositionConfig):
     """A trained table [max_seq_len, d_model] added to the embeddings."""
@@ -86,7 +112,16 @@ class LearnedPosition(PositionEncoding):
         return {"weight": self.init}
 
 
-@POSITIONS.register("sinusoidal", tiny=lambda: SinusoidalConfig(), paper="Vaswani et al. 2017")
+@POSITIONS.register(
+    "sinusoidal",
+    tiny=lambda: SinusoidalConfig(),
+    paper="Vaswani et al. 2017",
+    about=About(
+        equation="x_t += [sin(t ω_i), cos(t ω_i)]",
+        use="The original transformer; positions without parameters.",
+        weakness="Mixed into the content; extends in length badly.",
+    ),
+)
 class SinusoidalConfig(PositionConfig):
     """Fixed sines (first half of the channels) and cosines (second half) added to the embeddings."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llm.blocks.base import RESIDUALS, BuildCtx, Residual, ResidualConfig, compute_dtype
 from llm.core.cost import Cost, Dims
+from llm.core.registry import About
 
 Part = Callable[[Tensor], Tensor]
 
@@ -63,7 +64,16 @@ def _norms_cost(dims: Dims, count: int) -> Cost:
     return sum((dims.norm(dims.d_model, role="residual.norm") for _ in range(count)), Cost())
 
 
-@RESIDUALS.register("pre", tiny=lambda: PreNormConfig(), paper="Xiong et al. 2020")
+@RESIDUALS.register(
+    "pre",
+    tiny=lambda: PreNormConfig(),
+    paper="Xiong et al. 2020",
+    about=About(
+        equation="x ← x + f(norm(x))",
+        use="The usual choice: trains at any depth without warm-up tricks.",
+        weakness="The residual stream grows with depth, so late layers change it less.",
+    ),
+)
 class PreNormConfig(ResidualConfig):
     """x + f(norm(x)): GPT-2, Llama."""
 
@@ -74,7 +84,16 @@ class PreNormConfig(ResidualConfig):
         return _norms_cost(dims, mixer + channel)
 
 
-@RESIDUALS.register("post", tiny=lambda: PostNormConfig(), paper="Vaswani et al. 2017")
+@RESIDUALS.register(
+    "post",
+    tiny=lambda: PostNormConfig(),
+    paper="Vaswani et al. 2017",
+    about=About(
+        equation="x ← norm(x + f(x))",
+        use="The original transformer and papers which were tuned with it.",
+        weakness="Deep stacks need warm-up and small rates.",
+    ),
+)
 class PostNormConfig(ResidualConfig):
     """norm(x + f(x)): the original transformer."""
 
@@ -85,7 +104,16 @@ class PostNormConfig(ResidualConfig):
         return _norms_cost(dims, mixer + channel)
 
 
-@RESIDUALS.register("sandwich", tiny=lambda: SandwichNormConfig(), paper="Ding et al. 2021 (CogView)")
+@RESIDUALS.register(
+    "sandwich",
+    tiny=lambda: SandwichNormConfig(),
+    paper="Ding et al. 2021 (CogView)",
+    about=About(
+        equation="x ← x + norm(f(norm(x)))",
+        use="Low precision and large models: branch outputs stay bounded.",
+        weakness="Two more norms per layer; slower by a few percent.",
+    ),
+)
 class SandwichNormConfig(ResidualConfig):
     """x + norm(f(norm(x))): CogView, Gemma 2."""
 
@@ -101,6 +129,11 @@ class SandwichNormConfig(ResidualConfig):
     tiny=lambda: ParallelResidualConfig(),
     paper="Wang and Komatsuzaki 2021 (GPT-J)",
     tinies={"shared": lambda: ParallelResidualConfig(shared_norm=True)},
+    about=About(
+        equation="x ← x + mixer(norm(x)) + channel(norm(x))",
+        use="Throughput at scale: both branches can run at once.",
+        weakness="Slightly worse at small sizes, since the channel does not see the mixer of its layer.",
+    ),
 )
 class ParallelResidualConfig(ResidualConfig):
     """x + mixer(norm(x)) + channel(norm'(x)); `shared_norm` uses one norm for both (GPT-J), else two (GPT-NeoX)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from llm.blocks.base import POSITIONS, BuildCtx, PositionConfig, PositionEncoding
 from llm.config.base import Config
 from llm.core.errors import UserError
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -71,6 +72,11 @@ class RopeScaling(Config):
         "partial": lambda: RopeConfig(fraction=0.5),
         "yarn": lambda: RopeConfig(scaling=RopeScaling(type="yarn", factor=4.0, original_max_seq_len=8)),
     },
+    about=About(
+        equation="q_t, k_t rotated by t θ^(−2i/d) in each plane i, so scores depend on distances",
+        use="The usual choice for attention; scalings (linear, NTK, YaRN, Llama 3) lengthen the context.",
+        weakness="Unscaled, it fails beyond the trained length.",
+    ),
 )
 class RopeConfig(PositionConfig):
     """Channel pair i of a head turns by position * theta^(-2i/d).

@@ -55,8 +55,8 @@ def name_seed(seed: int, name: str) -> int:
 
 
 def clean_name(name: str) -> str:
-    """Dotted name without the segments that wrappers (DDP, compile, checkpointing) put in."""
-    skip = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+    """Dotted name without the segments that wrappers (DDP, compile, checkpointing, our own model wrappers) put in."""
+    skip = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_wrapped_model", "_wrapped_block"}
     parts = [part for part in name.split(".") if part not in skip]
     return ".".join(parts[1:] if parts and parts[0] == "module" else parts)
 

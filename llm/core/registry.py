@@ -13,11 +13,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class About:
+    """What the generated documentation says of a part, in Markdown.
+
+    equation: what it computes, in plain text with Unicode symbols. use: when to take it. weakness: what it is bad at.
+    """
+
+    equation: str
+    use: str
+    weakness: str
+
+
+@dataclass(frozen=True)
 class Entry(Generic[T]):
     """One registered part.
 
     tiny: builds the smallest config that still exercises the part; `tinies` lists further ones worth testing.
-    paper: where the method comes from.
+    paper: where the method comes from. about: its page in the documentation.
     exempt: contract name -> mathematical reason why that contract cannot hold. The documentation prints it.
     """
 
@@ -29,6 +41,7 @@ class Entry(Generic[T]):
     aliases: tuple[str, ...] = ()
     tinies: dict[str, Callable[[], T]] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
+    about: About | None = None
 
     def variants(self) -> dict[str, Callable[[], T]]:
         """All tiny configs by label, the main one first."""
@@ -53,6 +66,7 @@ class Registry(Generic[T]):
         aliases: tuple[str, ...] = (),
         tinies: dict[str, Callable[[], T]] | None = None,
         exempt: dict[str, str] | None = None,
+        about: About | None = None,
     ) -> Callable[[type[Any]], type[Any]]:
         """Class decorator for a config class; a name that is already taken raises ValueError.
 
@@ -67,7 +81,7 @@ class Registry(Generic[T]):
             for taken in (name, *aliases):
                 if taken in self._entries or taken in self._aliases:
                     raise ValueError(f"{self.kind} {taken!r} is registered twice")
-            self._entries[name] = Entry(name, config, tiny, paper, status, aliases, tinies or {}, exempt or {})
+            self._entries[name] = Entry(name, config, tiny, paper, status, aliases, tinies or {}, exempt or {}, about)
             self._aliases.update(dict.fromkeys(aliases, name))
             config.type_name = name
             return config

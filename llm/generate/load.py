@@ -15,6 +15,7 @@ from llm.core.errors import UserError
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder
+from llm.models.wrappers.base import Wrapper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Loaded(NamedTuple):
     """run_config: the resolved config of the run as plain data; empty for a Hugging Face folder."""
 
-    model: Decoder
+    model: Decoder | Wrapper
     tokenizer: Tokenizer
     run_config: dict[str, Any]
 

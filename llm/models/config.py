@@ -26,9 +26,11 @@ from llm.config.base import Config, Count
 from llm.config.load import merge
 from llm.core.cost import Cost, Mode
 from llm.core.errors import UserError
+from llm.models.wrappers.base import WrapperConfig
 
 if TYPE_CHECKING:
     from llm.models.decoder import Decoder
+    from llm.models.wrappers.base import Wrapper
 
 
 class BlockConfig(Config):
@@ -75,9 +77,10 @@ class HeadConfig(Config):
 
 
 class ModelConfig(Config):
-    """A decoder. `variant` takes a named model of llm/models/zoo.py, on which the other keys given are laid.
+    """A decoder. `variant` takes a named model of llm/models/zoo, on which the other keys given are laid.
 
-    vocab_size None: the tokenizer's. linear: role glob -> linear config.
+    vocab_size None: the tokenizer's. linear: role glob -> linear config. wrappers: what stands around the decoder, the
+    innermost first.
     """
 
     variant: str | None = None
@@ -93,6 +96,7 @@ class ModelConfig(Config):
     linear: dict[str, LinearConfig] = {}
     init: InitConfig = InitConfig()
     dropout: float = Field(0.0, ge=0, lt=1)
+    wrappers: list[WrapperConfig] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -126,12 +130,15 @@ class ModelConfig(Config):
             dropout=self.dropout,
         )
 
-    def build(self, device: str = "meta") -> Decoder:
+    def build(self, device: str = "meta") -> Decoder | Wrapper:
         """The module; on "meta" it has shapes but no values until it is materialised and initialised."""
         from llm.models.decoder import Decoder
 
         with torch.device(device):
-            return Decoder(self)
+            model: Decoder | Wrapper = Decoder(self)
+            for wrapper in self.wrappers:
+                model = wrapper.wrap(model, self)
+            return model
 
     def cost(self, seq_len: int | None = None, mode: Mode = "train", state_dtype_bytes: int = 2) -> ModelCost:
         """What the model costs at `seq_len` tokens of context (default: max_seq_len), from the config alone."""
@@ -154,7 +161,10 @@ class ModelConfig(Config):
         own_head = (0 if self.head.tied else table) + (vocab if self.head.bias else 0)
         head = Cost(params=own_head, active_params=table, flops_per_token=2.0 * table)
         head = head + (self.final_norm or self.norm).cost(self.d_model)
-        return ModelCost(embed=embed, blocks=blocks, head=head)
+        cost = ModelCost(embed=embed, blocks=blocks, head=head)
+        for wrapper in self.wrappers:
+            cost = wrapper.cost(cost, self, seq_len, mode, state_dtype_bytes)
+        return cost
 
     def required_vocab_size(self) -> int:
         """The vocabulary size, which must be known by now."""
@@ -167,12 +177,13 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost by part; `total` is their sum."""
+    """Cost by part; `total` is their sum. wrappers: what they add of their own."""
 
     embed: Cost
     blocks: Cost
     head: Cost
+    wrappers: Cost = Cost()
 
     @property
     def total(self) -> Cost:
-        return self.embed + self.blocks + self.head
+        return self.embed + self.blocks + self.head + self.wrappers

@@ -22,17 +22,23 @@ from llm.models.config import ModelConfig
 
 @dataclass
 class Output:
-    """hidden [B, T, D] after the final norm, ready for `head`; carry: segment memory for the next training segment."""
+    """hidden [B, T, D] after the final norm, ready for `head`; carry: segment memory for the next training segment.
+
+    While training, a wrapper may ask for a loss on more than the last hidden states: `weight` is that of `hidden`, and
+    `extra` holds further (hidden [B, T, D], weight), each scored against the same labels and added.
+    """
 
     hidden: Tensor
     carry: Any = None
+    weight: float = 1.0
+    extra: tuple[tuple[Tensor, float], ...] = ()
 
 
 class DecoderLike(Protocol):
     """What a bare decoder and every wrapper offer, hence wrappers nest."""
 
-    config: ModelConfig
-
+    @property
+    def config(self) -> ModelConfig: ...
     def __call__(
         self, tokens: Tensor, seq: SeqInfo, *, state: DecodeState | None = None, carry: Any = None
     ) -> Output: ...
@@ -68,19 +74,28 @@ class Decoder(nn.Module):
         return self.unembed.weight is self.embed.weight
 
     def forward(self, tokens: Tensor, seq: SeqInfo, *, state: DecodeState | None = None, carry: Any = None) -> Output:
+        x = self.run(self.enter(tokens, seq), seq, state)
+        return Output(hidden=self.final_norm(x), carry=carry)
+
+    def enter(self, tokens: Tensor, seq: SeqInfo) -> Tensor:
+        """What goes into the first layer, [B, T, D]: embeddings with their positions."""
         x = self.embed(tokens) if not tokens.is_floating_point() else tokens
         x = self.position.at_embed(x, seq)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for _, block in self.blocks():
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def run(self, x: Tensor, seq: SeqInfo, state: DecodeState | None = None, layers: range | None = None) -> Tensor:
+        """The layers (all, or some) in order, [B, T, D] -> [B, T, D]; `state` holds those of these layers by index."""
+        chosen = [(index, self.layers[index]) for index in layers or range(len(self.layers))]
+        for _, block in chosen:
             block.prepare(seq, x.dtype)  # type: ignore[operator]
         if state is None:
-            for block in self.layers:
+            for _, block in chosen:
                 x = block(x, seq)
-        else:
-            assert isinstance(state, CompositeState)
-            for index, block in enumerate(self.layers):
-                x = block(x, seq, state[str(index)])
-        return Output(hidden=self.final_norm(x), carry=carry)
+            return x
+        assert isinstance(state, CompositeState)
+        for index, block in chosen:
+            x = block(x, seq, state[str(index)])
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""

@@ -21,7 +21,8 @@ class LossOut:
 
 
 class LanguageModelLoss:
-    """Next-token cross-entropy plus z_loss * logsumexp^2, both in fp32.
+    """Next-token cross-entropy plus z_loss * logsumexp^2, both in fp32, on all hidden states that the model puts out,
+    each with its weight; "loss" is that of the last ones alone.
 
     chunk: tokens whose logits are held at once; None: as many as the operator finds best.
     """
@@ -31,7 +32,13 @@ class LanguageModelLoss:
         self.chunk = chunk
 
     def __call__(self, model: Any, batch: Microbatch) -> LossOut:
-        hidden = model(batch.tokens, batch.seq).hidden
+        output = model(batch.tokens, batch.seq)
         labels = batch.labels.flatten()
-        out = model.cross_entropy(hidden.flatten(0, 1), labels, z_loss=self.z_loss, chunk=self.chunk)
-        return LossOut(sum=out.total, count=(labels != IGNORE).sum(), metrics={"loss": out.nll.sum()})
+        out = self._score(model, output.hidden, labels)
+        total = out.total if output.weight == 1.0 else output.weight * out.total
+        for hidden, weight in output.extra:
+            total = total + weight * self._score(model, hidden, labels).total
+        return LossOut(sum=total, count=(labels != IGNORE).sum(), metrics={"loss": out.nll.sum()})
+
+    def _score(self, model: Any, hidden: Tensor, labels: Tensor) -> Any:
+        return model.cross_entropy(hidden.flatten(0, 1), labels, z_loss=self.z_loss, chunk=self.chunk)

@@ -18,6 +18,7 @@ from llm.core import aux_loss
 from llm.core.batch import IGNORE, Microbatch, StepBatch
 from llm.core.errors import UserError
 from llm.core.init import copy_full
+from llm.core.progress import Progress, before_step
 from llm.models.config import ModelCost
 from llm.train.anomaly import AnomalyJudge
 from llm.train.callbacks.base import Callback, StepOut
@@ -148,6 +149,7 @@ class Trainer:
     def train_step(self, batch: StepBatch) -> tuple[StepOut, str, str | None]:
         """One optimizer step. Returns what happened, the anomaly decision, and why to stop (agreed over ranks)."""
         strategy = self.strategy
+        before_step(strategy.model, Progress(self.step, self.total_steps, self.run.seed))
         microbatches = [microbatch.to(strategy.device) for microbatch in batch.microbatches]
         counts = [(microbatch.labels != IGNORE).sum() for microbatch in microbatches]
         denominator = strategy.all_reduce(torch.stack(counts).sum().float()).clamp(min=1)

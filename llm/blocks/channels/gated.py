@@ -11,6 +11,7 @@ from llm.blocks.base import CHANNELS, BuildCtx, ChannelConfig, ChannelMixer
 from llm.blocks.channels.activations import ACTIVATIONS, gated
 from llm.blocks.linears.dense import project_joined
 from llm.core.cost import Cost, Dims, Mode
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
 
@@ -41,7 +42,16 @@ class GatedConfig(ChannelConfig):
         )
 
 
-@CHANNELS.register("swiglu", tiny=lambda: SwiGLUConfig(d_hidden=24), paper="Shazeer 2020")
+@CHANNELS.register(
+    "swiglu",
+    tiny=lambda: SwiGLUConfig(d_hidden=24),
+    paper="Shazeer 2020",
+    about=About(
+        equation="y = W_down (silu(W_gate x) ⊙ W_up x)",
+        use="The usual choice of today: better than an MLP of the same size by a little, at the same FLOPs.",
+        weakness="Three matrices instead of two, so a narrower hidden layer at equal parameters.",
+    ),
+)
 class SwiGLUConfig(GatedConfig):
     """down(silu(gate(x)) * up(x)); d_hidden None: 8/3 of the model width, rounded up to a multiple of 32."""
 
@@ -54,6 +64,11 @@ class SwiGLUConfig(GatedConfig):
     tiny=lambda: GeGLUConfig(d_hidden=24),
     paper="Shazeer 2020",
     tinies={"tanh": lambda: GeGLUConfig(d_hidden=24, approximate="tanh", bias=True)},
+    about=About(
+        equation="y = W_down (gelu(W_gate x) ⊙ W_up x)",
+        use="Models of the Gemma family, and wherever GELU is wanted with a gate.",
+        weakness="As SwiGLU; the exact GELU costs more than SiLU.",
+    ),
 )
 class GeGLUConfig(GatedConfig):
     """down(gelu(gate(x)) * up(x)); approximate "tanh" takes the tanh form of GELU (Gemma)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from llm.blocks.base import CHANNELS, BuildCtx, ChannelConfig, ChannelMixer
 from llm.blocks.channels.activations import ACTIVATIONS, Activation
 from llm.core.cost import Cost, Dims, Mode
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
 
@@ -22,6 +23,11 @@ from llm.core.state import DecodeState
         "relu2": lambda: MLPConfig(d_hidden=24, activation="relu2"),
         "silu": lambda: MLPConfig(d_hidden=24, activation="silu"),
     },
+    about=About(
+        equation="y = W_down act(W_up x)",
+        use="The plainest feed-forward layer: GPT-2, Pythia, and baselines. relu2 is the cheap strong one.",
+        weakness="Usually a little worse than a gated layer at equal parameters.",
+    ),
 )
 class MLPConfig(ChannelConfig):
     """down(act(up(x))); d_hidden None: 4 times the model width. relu2 is the squared ReLU of Primer."""

@@ -19,6 +19,7 @@ from llm.core.aux_loss import attach_aux
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
 from llm.core.init import Init, constant
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
 
@@ -33,6 +34,11 @@ from llm.core.state import DecodeState
             n_experts=4, top_k=2, d_hidden=16, router="sigmoid", balance_rate=0.01, aux_weight=0.0
         ),
     },
+    about=About(
+        equation="y = Σ_{e in top-k} g_e(x) FFN_e(x), g = softmax or sigmoid of W_r x",
+        use="More parameters at the same FLOPs per token, where memory is cheaper than compute.",
+        weakness="All experts must be held; routing can collapse; the balance loss depends on microbatches.",
+    ),
 )
 class MoEConfig(ChannelConfig):
     """Token-choice mixture of n_experts SwiGLU experts of width d_hidden, top_k per token.

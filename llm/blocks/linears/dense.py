@@ -9,9 +9,19 @@ from torch import Tensor, nn
 from llm.blocks.base import LINEARS, InitConfig, LinearConfig, linear_init
 from llm.core.cost import Cost, matmul_cost
 from llm.core.init import Init, constant
+from llm.core.registry import About
 
 
-@LINEARS.register("dense", tiny=lambda: DenseLinearConfig(), paper="standard")
+@LINEARS.register(
+    "dense",
+    tiny=lambda: DenseLinearConfig(),
+    paper="standard",
+    about=About(
+        equation="y = W x + b",
+        use="The default at every role.",
+        weakness="Every parameter costs two FLOPs for every token.",
+    ),
+)
 class DenseLinearConfig(LinearConfig):
     """The ordinary linear layer."""
 

@@ -16,6 +16,7 @@ from llm.blocks.linears.dense import project
 from llm.blocks.norms import RMSNormConfig
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
+from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, KVState, WindowState, valid_counts
 
@@ -33,6 +34,11 @@ Backend = Literal["auto", "sdpa", "flex", "flash", "blocked", "reference"]
         "sinks": lambda: AttentionConfig(n_heads=2, n_kv_heads=1, window=5, n_sinks=2),
         "capped": lambda: AttentionConfig(n_heads=2, qk_norm=RMSNormConfig(), softcap=2.0),
     },
+    about=About(
+        equation="y_t = Σ_{s ≤ t} softmax_s(q_t · k_s / √d) v_s per head; keys and values shared by groups (GQA)",
+        use="The baseline of every table, and the best recall per parameter while the context fits.",
+        weakness="Quadratic compute and a cache that grows with the context; a window bounds both, and forgets.",
+    ),
 )
 class AttentionConfig(MixerConfig):
     """Softmax attention.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llm.core.errors import UserError, nearest
-from llm.core.init import copy_full, init_specs
+from llm.core.init import clean_name, copy_full, init_specs
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder
+from llm.models.wrappers.base import Wrapper
 
 
 def build_model(
@@ -20,7 +21,7 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     source: str = "the checkpoint",
-) -> Decoder:
+) -> Decoder | Wrapper:
     """The model in evaluation mode, its parameters taken from `tensors` (dotted name -> full tensor).
 
     Strict: a missing, unknown or wrongly shaped tensor raises UserError, which names it and `source`. Buffers that are
@@ -41,9 +42,9 @@ def build_model(
     return model.eval()
 
 
-def check_tensors(model: Decoder, tensors: Mapping[str, Tensor], source: str) -> None:
+def check_tensors(model: Decoder | Wrapper, tensors: Mapping[str, Tensor], source: str) -> None:
     """UserError unless `tensors` are just the parameters of `model`; buffers may be given or not."""
-    buffers = {name for name, _ in model.named_buffers()}
+    buffers = {clean_name(name) for name, _ in model.named_buffers()}
     expected = {name: tensor for name, tensor, _ in init_specs(model)}
     optional = buffers | ({"unembed.weight"} if model.config.head.tied else set())
     missing = sorted(set(expected) - set(tensors) - optional)

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from llm.models.decoder import Decoder
+from llm.models.wrappers.base import Wrapper
 
 TOLERANCE = 1e-5
 """Largest difference of two logits over the largest logit, both models in fp32 with the written weights."""
@@ -44,7 +45,7 @@ def check_tokens(vocab_size: int, max_seq_len: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def check_parity(ours: Decoder, folder: Path, *, full: Decoder | None = None) -> Parity:
+def check_parity(ours: Decoder | Wrapper, folder: Path, *, full: Decoder | Wrapper | None = None) -> Parity:
     """Compare `ours` with the model in `folder`, both in fp32; UserError when they differ by more than TOLERANCE.
 
     full: our model before its weights were rounded, to state what the rounding did.
@@ -84,5 +85,5 @@ def check_parity(ours: Decoder, folder: Path, *, full: Decoder | None = None) ->
     return parity
 
 
-def _logits(model: Decoder, tokens: Tensor) -> Tensor:
+def _logits(model: Decoder | Wrapper, tokens: Tensor) -> Tensor:
     return model.head(model(tokens, SeqInfo.contiguous(*tokens.shape)).hidden).float()
