@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from importlib.metadata import entry_points
 
-from llm.blocks import channels, linears, mixers, norms, positions, residuals  # noqa: F401
+from llm.blocks import channels, linears, mixers, norms, positions, progressive_norm, residuals  # noqa: F401
 
 for _package in (linears, mixers, channels):
     for _module in pkgutil.iter_modules(_package.__path__):

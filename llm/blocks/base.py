@@ -279,10 +279,11 @@ class ResidualConfig(Tagged):
 
 
 def after_step(model: nn.Module, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Call `after_step` of every channel mixer of a model; a strategy does so after each optimizer step."""
+    """Call `after_step` of every module that has such a method; a strategy does so after each optimizer step."""
     for module in model.modules():
-        if isinstance(module, ChannelMixer):
-            module.after_step(all_reduce)
+        hook: Any = getattr(module, "after_step", None)
+        if hook is not None:
+            hook(all_reduce)
 
 
 def kernel_requests(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Any]]:
