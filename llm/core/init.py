@@ -28,9 +28,18 @@ def normal(std: float, mean: float = 0.0) -> Init:
 
 
 def truncated_normal(std: float, bound: float = 3.0) -> Init:
-    """Normal distribution cut at `bound` standard deviations."""
-    limit = bound * std
-    return lambda shape, rng: nn.init.trunc_normal_(_empty(shape), 0.0, std, -limit, limit, generator=rng)
+    """Normal distribution cut at `bound` standard deviations: values beyond are drawn again.
+
+    torch's own trunc_normal_ draws other values in 2.11 than in 2.13, which draws as here.
+    """
+
+    def draw(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        values = _empty(shape).normal_(0.0, std, generator=rng)
+        while bool((beyond := values.abs() > bound * std).any()):
+            values = torch.where(beyond, _empty(shape).normal_(0.0, std, generator=rng), values)
+        return values
+
+    return draw
 
 
 def uniform(low: float, high: float) -> Init:
