@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from llm.config.base import Config, Count
 from llm.config.load import merge
 from llm.core.cost import Cost, Mode
 from llm.core.errors import UserError
-from llm.models.wrappers.base import WrapperConfig
+from llm.models.wrappers.base import CostOf, WrapperConfig
 
 if TYPE_CHECKING:
     from llm.models.decoder import Decoder
@@ -142,29 +143,38 @@ class ModelConfig(Config):
 
     def cost(self, seq_len: int | None = None, mode: Mode = "train", state_dtype_bytes: int = 2) -> ModelCost:
         """What the model costs at `seq_len` tokens of context (default: max_seq_len), from the config alone."""
-        seq_len = seq_len or self.max_seq_len
+        cost_of: CostOf = partial(self._decoder_cost, state_dtype_bytes=state_dtype_bytes)
+        for wrapper in self.wrappers:
+            cost_of = partial(wrapper.cost, cost_of, self, state_dtype_bytes=state_dtype_bytes)
+        return cost_of(seq_len or self.max_seq_len, mode)
+
+    def _decoder_cost(self, seq_len: int, mode: Mode, *, state_dtype_bytes: int) -> ModelCost:
+        """Of the decoder without its wrappers."""
         vocab = self.required_vocab_size()
         table = vocab * self.d_model
         position = self.position.cost(self.d_model, self.max_seq_len)
         embed = Cost(params=table) + position
         if self.embed.norm is not None:
             embed = embed + self.embed.norm.cost(self.d_model)
-        blocks = Cost()
-        for layer, block in enumerate(self.blocks()):
-            dims = self.context(layer, block).dims(state_dtype_bytes)
-            if block.mixer is not None:
-                blocks = blocks + block.mixer.cost(dims, seq_len, mode)
-            if block.channel is not None:
-                blocks = blocks + block.channel.cost(dims, seq_len, mode)
-            residual = block.residual.cost(dims, mixer=block.mixer is not None, channel=block.channel is not None)
-            blocks = blocks + residual
+        blocks = self.layers_cost(range(self.n_layers), seq_len, mode, state_dtype_bytes)
         own_head = (0 if self.head.tied else table) + (vocab if self.head.bias else 0)
         head = Cost(params=own_head, active_params=table, flops_per_token=2.0 * table)
         head = head + (self.final_norm or self.norm).cost(self.d_model)
-        cost = ModelCost(embed=embed, blocks=blocks, head=head)
-        for wrapper in self.wrappers:
-            cost = wrapper.cost(cost, self, seq_len, mode, state_dtype_bytes)
-        return cost
+        return ModelCost(embed=embed, blocks=blocks, head=head)
+
+    def layers_cost(self, layers: range, seq_len: int, mode: Mode, state_dtype_bytes: int = 2) -> Cost:
+        """Of some of the layers, by index."""
+        blocks = self.blocks()
+        total = Cost()
+        for layer in layers:
+            block = blocks[layer]
+            dims = self.context(layer, block).dims(state_dtype_bytes)
+            if block.mixer is not None:
+                total = total + block.mixer.cost(dims, seq_len, mode)
+            if block.channel is not None:
+                total = total + block.channel.cost(dims, seq_len, mode)
+            total = total + block.residual.cost(dims, mixer=block.mixer is not None, channel=block.channel is not None)
+        return total
 
     def required_vocab_size(self) -> int:
         """The vocabulary size, which must be known by now."""

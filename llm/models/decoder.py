@@ -85,7 +85,7 @@ class Decoder(nn.Module):
 
     def run(self, x: Tensor, seq: SeqInfo, state: DecodeState | None = None, layers: range | None = None) -> Tensor:
         """The layers (all, or some) in order, [B, T, D] -> [B, T, D]; `state` holds those of these layers by index."""
-        chosen = [(index, self.layers[index]) for index in layers or range(len(self.layers))]
+        chosen = [(index, self.layers[index]) for index in (range(len(self.layers)) if layers is None else layers)]
         for _, block in chosen:
             block.prepare(seq, x.dtype)  # type: ignore[operator]
         if state is None:

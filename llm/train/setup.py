@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernels.selftest import selftest
-from llm.blocks.base import kernel_requests
+from llm.blocks.base import Caps, kernel_requests
 from llm.checkpoint import Checkpointer
 from llm.config.load import config_hash, config_text
 from llm.core.errors import UserError
+from llm.data.config import DataConfig
 from llm.data.loader import Loader
 from llm.parallel.mesh import find_place
 from llm.train.callbacks import check_logging, default_callbacks
@@ -70,6 +72,19 @@ def check_held_out(run: RunConfig, loader: Loader) -> None:
         )
 
 
+def check_packing(model: nn.Module, data: DataConfig) -> None:
+    """A model that cannot keep packed documents apart needs rows of one document each."""
+    if data.packing == "pad" or not data.isolate:
+        return
+    for module in model.modules():
+        if not getattr(module, "caps", Caps()).packing:
+            raise UserError(
+                f"{type(module).__name__} cannot keep documents that share a row apart, and data.packing is "
+                f"{data.packing!r}; set data.packing=pad (one document per row), or data.isolate=false (documents that "
+                "share a row are read as one)"
+            )
+
+
 def build_trainer(run: RunConfig) -> Trainer:
     """Everything a run needs, ready for `fit`. Nothing is written but the folder of its checkpoints."""
     if run.train.num_threads is not None:
@@ -84,7 +99,9 @@ def build_trainer(run: RunConfig) -> Trainer:
         check_logging(run, strategy.device, has_tokenizer=loader.tokenizer is not None)
         check_held_out(run, loader)
         torch.manual_seed(run.seed * 1_000_003 + strategy.rank)
-        strategy.setup(run.model.build("meta"), run, run.seed)
+        model = run.model.build("meta")
+        check_packing(model, run.data)
+        strategy.setup(model, run, run.seed)
         dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
         selftest(kernel_requests(strategy.model, strategy.device, dtype), strategy.device)
         return Trainer(run, make_parts(run, strategy, loader))

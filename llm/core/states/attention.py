@@ -61,6 +61,10 @@ class KVState(DecodeState):
         # Without this the bound would grow by every rejected token; whoever commits has read the tokens anyway.
         self.extent = int(self.length.max()) if self.batch else 0
 
+    def adopt(self, rows: Tensor, other: DecodeState) -> None:
+        super().adopt(rows, other)
+        self.extent = int(self.length.max()) if self.batch else 0
+
     def export(self) -> dict[str, Tensor]:
         assert self.n_tentative is None, "commit or abort before an export"
         extent = int(self.length.max())

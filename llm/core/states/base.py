@@ -80,6 +80,15 @@ class DecodeState:
         for name, tensor in self._rows().items():
             self._set_row(name, tensor[index])
 
+    def adopt(self, rows: Tensor, other: DecodeState) -> None:
+        """Rows b with rows[b] ([B] bool) become those of `other`, which was made with the same arguments. With a fresh
+        one, they start anew. Outside of transactions only."""
+        assert self.n_tentative is None and other.n_tentative is None, "commit or abort before taking rows"
+        self.length = torch.where(rows, other.length, self.length)
+        theirs = other._rows()
+        for name, tensor in self._rows().items():
+            self._set_row(name, torch.where(spread(rows, tensor), theirs[name], tensor))
+
     def nbytes(self) -> int:
         """Bytes held in tensors, the two counters not counted."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._rows().values())
@@ -172,6 +181,11 @@ class CompositeState(DecodeState):
     def reorder(self, index: Tensor) -> None:
         for part in self.parts.values():
             part.reorder(index)
+
+    def adopt(self, rows: Tensor, other: DecodeState) -> None:
+        assert isinstance(other, CompositeState)
+        for key, part in self.parts.items():
+            part.adopt(rows, other.parts[key])
 
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self.parts.values())

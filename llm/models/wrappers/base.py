@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WRAPPERS: Registry[WrapperConfig] = Registry("wrapper")
 
+CostOf = Callable[[int, Mode], "ModelCost"]
+"""(seq_len, mode) -> cost of a model, so that a wrapper can ask what is inside at other lengths than its own."""
+
 
 class WrapperConfig(Tagged):
     """Config of a wrapper."""
@@ -32,8 +35,8 @@ class WrapperConfig(Tagged):
         """The wrapped model; UserError where this wrapper cannot stand around `inner` (a DecoderLike)."""
         raise NotImplementedError
 
-    def cost(self, inner: ModelCost, model: ModelConfig, seq_len: int, mode: Mode, state_dtype_bytes: int) -> ModelCost:
-        """Cost of the wrapped model, given that of what is inside."""
+    def cost(self, inner: CostOf, model: ModelConfig, seq_len: int, mode: Mode, *, state_dtype_bytes: int) -> ModelCost:
+        """Cost of the wrapped model, given that of what is inside; what the wrapper adds goes into `wrappers`."""
         raise NotImplementedError
 
     @classmethod

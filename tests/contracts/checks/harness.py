@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.blocks.base import CHANNELS, BuildCtx, InitConfig, MixerConfig, TokenMixer
+from llm.blocks.base import CHANNELS, BuildCtx, Caps, InitConfig, MixerConfig, TokenMixer
 from llm.core.init import init_specs, name_seed
 from llm.core.seq import SeqInfo
 from llm.models.config import ModelConfig
@@ -236,7 +236,8 @@ def compiled_calls(module: nn.Module, inputs: list[tuple[Any, ...]]) -> tuple[li
 def train(model: nn.Module, steps: int, lr: float = 1e-2) -> tuple[float, float]:
     """Loss before and after AdamW steps on one batch whose next token depends on more than the last one."""
     tokens = torch.randint(0, 6, (2, 25), generator=torch.Generator().manual_seed(3))
-    seq = SeqInfo.from_lengths([[24], [9, 15]], 24)
+    packs = all(getattr(module, "caps", Caps()).packing for module in model.modules())
+    seq = SeqInfo.from_lengths([[24], [9, 15]], 24) if packs else SeqInfo.contiguous(2, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
     for _ in range(steps + 1):

@@ -172,7 +172,8 @@ def _draw_counts(data: st.DataObject, batch: int, limits: list[int]) -> tuple[in
 
 def _run(kind: Kind, data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 3), label="batch")
-    state = kind.make(batch, N_TENTATIVE, CAPACITY)
+    made = (N_TENTATIVE, CAPACITY)
+    state = kind.make(batch, *made)
     committed: Rows = [[] for _ in range(batch)]
     tentative: Rows | None = None
     budget = 0
@@ -180,7 +181,7 @@ def _run(kind: Kind, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(4, 16), label="steps")):
         choices = ["append", "append", "append", "reorder"]
         if tentative is None:
-            choices += ["begin", "begin", "restore"]
+            choices += ["begin", "begin", "restore", "adopt"]
         elif any(tentative):
             choices += ["commit", "commit", "abort"]
         op = data.draw(st.sampled_from(choices), label="op")
@@ -209,9 +210,19 @@ def _run(kind: Kind, data: st.DataObject) -> None:
             state.reorder(torch.tensor(index))
             committed = [committed[i] for i in index]
             tentative = None if tentative is None else [tentative[i] for i in index]
+        elif op == "adopt":
+            other = kind.make(len(committed), *made)
+            length, counts = _draw_counts(data, len(committed), [7] * len(committed))
+            x = torch.tensor([[next(fresh) for _ in range(length)] for _ in committed], dtype=torch.float64)
+            theirs = [x[row, : _kept(counts, row, length)].tolist() for row in range(len(committed))]
+            kind.write(other, x, counts, theirs)
+            rows = [data.draw(st.booleans(), label="adopted") for _ in committed]
+            state.adopt(torch.tensor(rows), other)
+            committed = [new if taken else old for old, new, taken in zip(committed, theirs, rows)]
         else:
             stored = state.export()
-            other = kind.make(data.draw(st.integers(1, 3), label="other batch"), N_TENTATIVE + 2, CAPACITY + 9)
+            made = (N_TENTATIVE + 2, CAPACITY + 9)
+            other = kind.make(data.draw(st.integers(1, 3), label="other batch"), *made)
             other.restore(stored)
             state = other
         ends = [len(a) + len(b) for a, b in zip(committed, tentative or [[]] * len(committed))]
