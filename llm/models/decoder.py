@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,20 +17,7 @@ from llm.core.seq import SeqInfo
 from llm.core.state import CompositeState, DecodeState
 from llm.models.block import Block
 from llm.models.config import ModelConfig
-
-
-@dataclass
-class Output:
-    """hidden [B, T, D] after the final norm, ready for `head`; carry: segment memory for the next training segment.
-
-    While training, a wrapper may ask for a loss on more than the last hidden states: `weight` is that of `hidden`, and
-    `extra` holds further (hidden [B, T, D], weight), each scored against the same labels and added.
-    """
-
-    hidden: Tensor
-    carry: Any = None
-    weight: float = 1.0
-    extra: tuple[tuple[Tensor, float], ...] = ()
+from llm.models.output import Output
 
 
 class DecoderLike(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm.blocks.base import Caps
 from llm.config.base import Tagged
 from llm.core.cost import Mode
+from llm.core.errors import UserError
 from llm.core.init import init_specs
 from llm.core.registry import Registry
 from llm.core.seq import SeqInfo
@@ -18,7 +19,8 @@ from llm.core.state import DecodeState
 
 if TYPE_CHECKING:
     from llm.models.config import ModelConfig, ModelCost
-    from llm.models.decoder import Output
+    from llm.models.decoder import Decoder
+    from llm.models.output import Output
 
 WRAPPERS: Registry[WrapperConfig] = Registry("wrapper")
 
@@ -44,6 +46,18 @@ class WrapperConfig(Tagged):
         """The setting under which the wrapped model equals the bare one to the last bit (one loop, one segment without
         memory, full width); None where the method has no such setting, which its registry entry must explain."""
         return None
+
+
+def bare_decoder(inner: Any, wrapper: str) -> Decoder:
+    """`inner`, for a wrapper that reaches into a decoder's layers; UserError where another wrapper is around it."""
+    from llm.models.decoder import Decoder
+
+    if not isinstance(inner, Decoder):
+        raise UserError(
+            f"{wrapper} reaches into the layers of a bare decoder, and a {type(inner).__name__} is around it already; "
+            f"list {wrapper} first in model.wrappers"
+        )
+    return inner
 
 
 class Wrapper(nn.Module):

@@ -195,6 +195,9 @@ def check_init(build: Callable[[], nn.Module]) -> None:
     with torch.device("meta"):
         other = build()
     other = other.to_empty(device="cpu")
+    for owner in other.modules():
+        if hasattr(owner, "tie"):
+            owner.tie()  # type: ignore[operator]
     with torch.no_grad():
         for tensor in [*other.parameters(), *other.buffers()]:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
