@@ -148,7 +148,7 @@ class Decays:
         if log_decay is None:
             logs = torch.zeros(1, 1, 1, dtype=dtype, device=device)
         else:
-            logs = log_decay.to(dtype).clamp(min=SMALLEST_LOG_DECAY)
+            logs = log_decay.to(dtype).clamp(min=SMALLEST_LOG_DECAY[dtype])
             logs = logs[None, None] if logs.dim() == 1 else logs
         if valid is not None:
             logs = torch.where(valid[..., None], logs, 0.0)

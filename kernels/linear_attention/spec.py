@@ -8,7 +8,8 @@ q, k [B, T, G, K], v [B, T, H, V], H a multiple of G: value head h reads query-k
 [B, T, H], or [H] where it never changes. starts [B, T]: first tokens of documents. valid [B, T]: False for padding on
 the right, which changes no state and whose outputs mean nothing.
 
-A decay below exp(-30), such as that of a gate which is shut, may count as exp(-30): cumulative sums stay exact enough.
+A decay below exp(-30) (in fp64 exp(-100)), such as that of a gate which is shut, may count as just that: sums of log
+decays over a chunk stay exact enough.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from kernels.dispatch import OpSpec, Tolerance, register_op
 
-SMALLEST_LOG_DECAY = -30.0
+SMALLEST_LOG_DECAY = {torch.float32: -30.0, torch.float64: -100.0}
 
 
 @dataclass(frozen=True)
