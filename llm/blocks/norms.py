@@ -107,7 +107,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim)) if config.affine and config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps).to(x.dtype)
+        # The kernels take parameters that are wider than the input, but not narrower ones.
+        weight, bias = (
+            p if p is None or p.dtype.itemsize >= x.dtype.itemsize else p.to(x.dtype) for p in (self.weight, self.bias)
+        )
+        return F.layer_norm(x, (self.dim,), weight, bias, self.eps).to(x.dtype)
 
     def init_spec(self) -> dict[str, Init]:
         return {"weight": constant(1.0), "bias": constant(0.0)}

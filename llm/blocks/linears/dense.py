@@ -50,9 +50,13 @@ class DenseLinear(nn.Module):
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """(linear(x) for each linear), in one matrix product where all are plain dense layers on one device."""
+    """(linear(x) for each linear), in one matrix product where all are plain dense layers on one device; linears of one
+    other class may share work through a method `project_all(x, linears)`."""
     joined = project_joined(x, *linears)
     if joined is None:
+        together = getattr(linears[0], "project_all", None)
+        if together is not None and len({type(linear) for linear in linears}) == 1:
+            return together(x, linears)
         return tuple(linear(x) for linear in linears)
     return joined.split([linear.weight.shape[0] for linear in linears if isinstance(linear, DenseLinear)], dim=-1)
 

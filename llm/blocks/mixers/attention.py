@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import dispatch
 from kernels.attention import AttentionForm, AttentionQuery, Layout
@@ -33,6 +33,7 @@ Backend = Literal["auto", "sdpa", "flex", "flash", "blocked", "reference"]
         "window": lambda: AttentionConfig(n_heads=2, window=5),
         "sinks": lambda: AttentionConfig(n_heads=2, n_kv_heads=1, window=5, n_sinks=2),
         "capped": lambda: AttentionConfig(n_heads=2, qk_norm=RMSNormConfig(), softcap=2.0),
+        "no_out": lambda: AttentionConfig(n_heads=2, out_proj=False),
     },
     about=About(
         equation="y_t = Σ_{s ≤ t} softmax_s(q_t · k_s / √d) v_s per head; keys and values shared by groups (GQA)",
@@ -45,6 +46,7 @@ class AttentionConfig(MixerConfig):
 
     n_kv_heads: keys and values are shared among n_heads / n_kv_heads query heads (1: MQA; None: MHA).
     d_head: None for d_model / n_heads. bias: on all four projections; qkv_bias, out_bias override it.
+    out_proj: false leaves out the output projection: the heads' outputs, together d_model wide, go out as they are.
     window: a token sees itself and window - 1 earlier ones, and besides the first n_sinks tokens of its document.
     qk_norm: normalises queries and keys over the head before positions act (Qwen3). softcap: scores become
     cap * tanh(score / cap) (Gemma 2). scale: of the scores; None for d_head^-0.5.
@@ -57,6 +59,7 @@ class AttentionConfig(MixerConfig):
     bias: bool = False
     qkv_bias: bool | None = None
     out_bias: bool | None = None
+    out_proj: bool = True
     window: int | None = Field(None, ge=1)
     n_sinks: int = Field(0, ge=0)
     qk_norm: NormConfig | None = None
@@ -70,6 +73,8 @@ class AttentionConfig(MixerConfig):
             raise UserError("attention: n_sinks has no effect without a window; set window or remove n_sinks")
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise UserError(f"attention: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if not self.out_proj and self.out_bias:
+            raise UserError("attention: out_bias has no effect with out_proj: false; remove one of them")
         return self
 
     def resolved(self, d_model: int) -> tuple[int, int, int]:
@@ -78,7 +83,13 @@ class AttentionConfig(MixerConfig):
             raise UserError(
                 f"attention: d_model {d_model} is not divisible by n_heads {self.n_heads}; set d_head or change one"
             )
-        return self.n_heads, self.n_kv_heads or self.n_heads, self.d_head or d_model // self.n_heads
+        d_head = self.d_head or d_model // self.n_heads
+        if not self.out_proj and self.n_heads * d_head != d_model:
+            raise UserError(
+                f"attention: with out_proj: false the heads' outputs must be d_model {d_model} wide together, not "
+                f"{self.n_heads} * {d_head}; remove d_head or set out_proj: true"
+            )
+        return self.n_heads, self.n_kv_heads or self.n_heads, d_head
 
     def biases(self) -> tuple[bool, bool]:
         """(q, k and v have one, the output projection has one)."""
@@ -98,8 +109,9 @@ class AttentionConfig(MixerConfig):
             dims.linear(d, n_heads * d_head, role="mixer.q", bias=qkv_bias)
             + dims.linear(d, n_kv_heads * d_head, role="mixer.k", bias=qkv_bias)
             + dims.linear(d, n_kv_heads * d_head, role="mixer.v", bias=qkv_bias)
-            + dims.linear(n_heads * d_head, d, role="mixer.out", bias=out_bias)
         )
+        if self.out_proj:
+            parts = parts + dims.linear(n_heads * d_head, d, role="mixer.out", bias=out_bias)
         if self.qk_norm is not None:
             parts = parts + self.qk_norm.cost(d_head) + self.qk_norm.cost(d_head)
         seen = self.n_seen(seq_len + 1) - self.n_seen(seq_len) if mode == "decode" else self.n_seen(seq_len) / seq_len
@@ -123,7 +135,7 @@ class AttentionConfig(MixerConfig):
 
 
 class Attention(TokenMixer):
-    """q [D -> H * Dh], k and v [D -> Hkv * Dh], out [H * Dh -> D]."""
+    """q [D -> H * Dh], k and v [D -> Hkv * Dh], out [H * Dh -> D] or nothing."""
 
     caps = Caps(rollback="free", needs_positions=True)
 
@@ -134,7 +146,9 @@ class Attention(TokenMixer):
         self.q = ctx.linear(ctx.d_model, self.n_heads * self.d_head, role="mixer.q", bias=qkv_bias)
         self.k = ctx.linear(ctx.d_model, self.n_kv_heads * self.d_head, role="mixer.k", bias=qkv_bias)
         self.v = ctx.linear(ctx.d_model, self.n_kv_heads * self.d_head, role="mixer.v", bias=qkv_bias)
-        self.out = ctx.linear(self.n_heads * self.d_head, ctx.d_model, role="mixer.out", bias=out_bias)
+        self.out: nn.Module = nn.Identity()
+        if config.out_proj:
+            self.out = ctx.linear(self.n_heads * self.d_head, ctx.d_model, role="mixer.out", bias=out_bias)
         self.q_norm = config.qk_norm.build(self.d_head) if config.qk_norm is not None else None
         self.k_norm = config.qk_norm.build(self.d_head) if config.qk_norm is not None else None
         self.position = ctx.position()

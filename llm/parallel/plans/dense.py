@@ -12,6 +12,8 @@ from llm.parallel.plan import ParallelPlan, TPStyle, plan_for
 
 @plan_for(AttentionConfig)
 def _attention(config: AttentionConfig) -> ParallelPlan:
+    if not config.out_proj:
+        return ParallelPlan(tp_refused="Without an output projection nothing sums the outputs of heads on other ranks.")
     styles: dict[str, TPStyle] = {
         "q": "colwise",
         "k": "colwise",
