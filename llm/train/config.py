@@ -13,12 +13,16 @@ from llm.models.config import ModelConfig
 
 
 class ParamGroupConfig(Config):
-    """Settings for parameters whose dotted name matches one of `match` (globs); the first matching group wins."""
+    """Settings for parameters whose dotted name matches one of `match` (globs); the first matching group wins.
+
+    optimizer: rowwise_adamw is for look-up tables: one second moment per row, and rows without a gradient stay as they
+    are.
+    """
 
     match: list[str] = Field(min_length=1)
     lr_scale: float = Field(1.0, ge=0)
     weight_decay: float | None = Field(None, ge=0)
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: Literal["adamw", "muon", "rowwise_adamw"] | None = None
 
 
 class OptimConfig(Config):

@@ -1,4 +1,4 @@
-"""The optimizer of a run: one or two torch optimizers over parameters known by name."""
+"""The optimizer of a run: one or more torch optimizers over parameters known by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from llm.train.config import OptimConfig
 from llm.train.optim.groups import ParamRule, block_prefixes, grouped, named_parameters, param_rules
 from llm.train.optim.muon import Muon, Shards, newton_schulz_dtype
+from llm.train.optim.rowwise import RowwiseAdamW
 
-STATE_NAMES = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+STATE_NAMES = {
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+    "rowwise_adamw": ("row_step", "exp_avg", "row_exp_avg_sq"),
+}
 
 
 class OptimizerSet:
@@ -63,6 +68,13 @@ def build_optimizer(
                 by_kind["muon"], lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum,
                 nesterov=optim.nesterov, ns_steps=optim.ns_steps, shards=shards,
                 ns_dtype=newton_schulz_dtype(next(iter(params.values())).device.type, precision),
+            )
+        )  # fmt: skip
+    if "rowwise_adamw" in by_kind:
+        optimizers.append(
+            RowwiseAdamW(
+                by_kind["rowwise_adamw"], lr=optim.lr, betas=optim.betas, eps=optim.eps,
+                weight_decay=optim.weight_decay, shards=shards,
             )
         )  # fmt: skip
     return OptimizerSet(params, optimizers, rules)

@@ -13,10 +13,13 @@ from llm.core.errors import UserError, nearest
 from llm.core.init import clean_name
 from llm.train.config import OptimConfig
 
-Kind = Literal["adamw", "muon"]
+Kind = Literal["adamw", "muon", "rowwise_adamw"]
 
 EMBEDDINGS = ("embed.*", "position.*")
 """Parameters that are look-up tables: no weight decay by default, never Muon by default."""
+
+TABLES = ("*.tables",)
+"""Look-up tables inside blocks, whose rows do not act together as a matrix: never Muon by default."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,8 @@ def _rule(
     name: str, shape: tuple[int, ...], blocks: tuple[str, ...], optim: OptimConfig, matched: set[str]
 ) -> ParamRule:
     table = any(fnmatchcase(name, glob) for glob in EMBEDDINGS)
-    kind: Kind = (
-        "muon" if optim.type == "muon" and name.startswith(blocks) and is_matrix(shape) and not table else "adamw"
-    )
+    matrix = is_matrix(shape) and not table and not any(fnmatchcase(name, glob) for glob in TABLES)
+    kind: Kind = "muon" if optim.type == "muon" and name.startswith(blocks) and matrix else "adamw"
     weight_decay = 0.0 if len(shape) < 2 or table else optim.weight_decay
     lr_scale = 1.0
     for index, group in enumerate(optim.groups):
@@ -87,6 +89,11 @@ def _rule(
             raise UserError(
                 f"optim.groups[{index}].optimizer=muon matches {name} of shape {list(shape)}; Muon takes matrices "
                 "only: narrow the glob"
+            )
+        if kind == "rowwise_adamw" and len(shape) < 2:
+            raise UserError(
+                f"optim.groups[{index}].optimizer=rowwise_adamw matches {name} of shape {list(shape)}, which has no "
+                "rows: narrow the glob"
             )
         break
     lr = optim.lr if kind == "muon" or optim.type == "adamw" or optim.adam_lr is None else optim.adam_lr

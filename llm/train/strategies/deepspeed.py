@@ -54,6 +54,11 @@ class DeepSpeedStrategy:
         params = named_parameters(model)
         self.shapes = {name: param.shape for name, param in params.items()}
         rules = param_rules({n: tuple(s) for n, s in self.shapes.items()}, block_prefixes(model), run.optim)
+        if any(rule.kind == "rowwise_adamw" for rule in rules.values()):
+            raise UserError(
+                "optim.groups: optimizer=rowwise_adamw needs whole rows, which parallel.strategy=deepspeed cuts; "
+                "set parallel.strategy=fsdp2 or ddp, or optimizer=adamw"
+            )
         config = zero_config(model, self.parallel.zero_stage, self.device)
         stage3 = self.parallel.zero_stage == 3
         common.materialise(model, torch.device("cpu") if stage3 else self.device, seed)
