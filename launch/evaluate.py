@@ -6,10 +6,12 @@ document; without it, the run's own held-out data. Each document is scored by it
 once, with a sliding window. --compressors prints gzip -9, bz2 -9 and xz -9 on the same bytes beside the model.
 
 The result is one JSON line on stdout, and in the run's folder: evaluate.json for its own data, evaluate-NAME.json for
-other DATA.
+other DATA; for a slice with -WIDTH in the name, or -mixed-HASH where the layers differ.
 
 keys:
   split=valid         of prepared data
+  slice=              of a nested model: share of its hidden units such as 1/4, or a list with one per layer
+  widths=             the same in hidden units
   stride=half         tokens by which the window moves: half or full of its length, or a number
   context=            window length (default: the model's max_seq_len)
   precision=          fp32 or bf16 (default: as the run was trained; fp32 for a Hugging Face model)
@@ -23,6 +25,7 @@ keys:
 examples:
   python launch/evaluate.py runs/quickstart --compressors
   python launch/evaluate.py runs/quickstart my/file.txt stride=full precision=fp32
+  python launch/evaluate.py runs/nested slice=[1/8,1/4,1/4,1]
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from launch._cli import Parser, run
-from llm.config.base import Config, Count
+from llm.config.base import Count
 from llm.config.load import load_config
 from llm.core.errors import UserError
+from llm.models.nesting import SliceOptions
 
 
-class EvaluateOptions(Config):
+class EvaluateOptions(SliceOptions):
     """The keys of this command."""
 
     split: str = "valid"
@@ -86,11 +90,15 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     from evals.perplexity import compressors_bits_per_byte, evaluate_documents
     from evals.text import open_text
     from llm.generate.load import data_folders, load_model, pick_device
+    from llm.models.extract import plain_config
+    from llm.models.nesting import set_widths, slice_suffix
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     device = pick_device(options.device)
     model, tokenizer, tree = load_model(path, device=device, tokenizer=options.tokenizer)
+    widths = options.of(model.config)
+    set_widths(model, widths)
     paths = data or data_folders(tree)[:1]
     if not paths:
         raise UserError(f"{path} names no data of its own; give a folder of prepared data or text files as DATA")
@@ -112,12 +120,15 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
         )  # fmt: skip
     result: dict[str, Any] = {"model": str(path), "data": texts.name, **score.to_dict()}
     result |= {"params": sum(p.numel() for p in model.parameters()), "device": str(device), "torch": torch.__version__}
+    if widths is not None:
+        result |= {"widths": widths, "params": plain_config(model.config, widths).cost().total.params}
     result["tokens_per_second"] = round(score.n_tokens / max(score.seconds, 1e-9), 1)
     if compressors:
         result["compressors"] = compressors_bits_per_byte(texts.raw)
     print(_table(result), file=sys.stderr)
     own = not data or data == data_folders(tree)[:1]
-    _write(path, tree, options, result, "evaluate.json" if own else f"evaluate-{Path(data[0]).stem}.json")
+    name = "evaluate" if own else f"evaluate-{Path(data[0]).stem}"
+    _write(path, tree, options, result, f"{name}{slice_suffix(widths)}.json")
     return result
 
 

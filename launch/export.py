@@ -3,7 +3,8 @@
 
 Write a trained Llama- or Qwen3-shaped model as a plain folder for Hugging Face transformers: safetensors, config,
 generation config, tokenizer and a model card. The export is refused if the model that transformers reads from it
-computes other logits. RUN is a run folder or one of its checkpoints.
+computes other logits. RUN is a run folder or one of its checkpoints. A nested model is cut to an ordinary one first,
+whole or at the width that slice= names; format=run writes any model as a run folder with one checkpoint instead.
 
 `import` goes the other way: a local folder of a Llama, Qwen3, GPT-2 or GPT-NeoX (Pythia) checkpoint becomes a run
 folder with one checkpoint, which train (checkpoint.init_from), generate, evaluate and export take. Only safetensors
@@ -15,10 +16,13 @@ keys:
   overwrite=false       replace an earlier export
   title=                name in the model card
   tokenizer=            folder of the tokenizer, if it does not lie with the model
-  format=hf             the only one
+  format=hf             or run: a run folder, which train (checkpoint.init_from), generate and evaluate take
+  slice=                of a nested model: share of its hidden units such as 1/4, or a list with one per layer
+  widths=               the same in hidden units
 
 examples:
   python launch/export.py runs/quickstart exports/quickstart dtype=bf16
+  python launch/export.py runs/nested runs/nested-small format=run slice=1/4
   python launch/export.py import ~/models/Llama-3.2-1B runs/llama-3.2-1b
 """
 
@@ -33,18 +37,28 @@ if __name__ == "__main__":
 import json
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from launch._cli import Parser, run
 from llm.checkpoint.hf.export import ExportOptions
 from llm.config.base import Config
 from llm.config.load import load_config
 from llm.core.errors import UserError
+from llm.models.nesting import SliceOptions, slice_suffix
 
 
-class ExportCommandOptions(ExportOptions):
+class ExportCommandOptions(ExportOptions, SliceOptions):
     """The keys of this command."""
 
-    format: Literal["hf"] = "hf"
+    format: Literal["hf", "run"] = "hf"
     tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> ExportCommandOptions:
+        changed = [name for name, field in ExportOptions.model_fields.items() if getattr(self, name) != field.default]
+        if self.format == "run" and changed:
+            raise UserError(f"{changed[0]} has no effect with format=run; remove it")
+        return self
 
 
 class ImportOptions(Config):
@@ -76,22 +90,32 @@ def main(argv: list[str]) -> None:
 
 
 def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
-    """Export a run; prints the parity figures as a JSON line."""
+    """Export a run; prints the parity figures, or where the new run is, as a JSON line."""
     from llm.checkpoint import load_meta, load_model_tensors, resolve_checkpoint
     from llm.checkpoint.hf.export import export_hf
     from llm.data.tokenizer import load_tokenizer
     from llm.generate.load import find_tokenizer, model_config, read_run_config
+    from llm.models.extract import extract
+    from llm.models.nesting import whole_widths
 
     step = resolve_checkpoint(run_path)
     tree = read_run_config(step)
     tensors = load_model_tensors(step)
     config = model_config(tree, step, tensors["embed.weight"].shape[0] if "embed.weight" in tensors else None)
+    widths = options.of(config)
+    if whole_widths(config):
+        config, tensors = extract(config, tensors, widths)
     tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(step, tree))
     meta = load_meta(step)
+    if options.format == "run":
+        origin = {"exported_from": str(step), "widths": widths}
+        _write_run(out, out.name, config, tensors, tokenizer, origin, data=tree.get("data"))
+        print(json.dumps({"export": str(run_path), "run": str(out), "params": config.cost().total.params}))
+        return
     facts: dict[str, Any] = {"run": tree.get("name", run_path.name), "checkpoint": step.name}
     if isinstance(meta.get("tokens"), int):
         facts["tokens seen in training"] = f"{meta['tokens']:,}"
-    evaluated = step.parent.parent / "evaluate.json"
+    evaluated = step.parent.parent / f"evaluate{slice_suffix(widths)}.json"
     if evaluated.is_file():
         found = json.loads(evaluated.read_text())
         facts["held-out bits per byte"] = f"{found['bits_per_byte']:.4f} ({found['data']})"
@@ -104,14 +128,10 @@ def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
 
 def import_hf(folder: Path, out: Path, options: ImportOptions) -> None:
     """Import a Hugging Face folder as a run with one checkpoint at step 0."""
-    from llm.checkpoint import Checkpointer, TrainState
     from llm.checkpoint.hf import load_hf
-    from llm.config.migrations import VERSION_KEY, current_version
-    from llm.config.yaml_io import dump_yaml
     from llm.data.tokenizer import load_tokenizer
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; give the name of a new run folder")
+    _check_new(out)
     config, tensors = load_hf(folder)
     tokenizer = load_tokenizer(options.tokenizer or folder)
     if tokenizer.vocab_size > config.required_vocab_size():
@@ -119,12 +139,30 @@ def import_hf(folder: Path, out: Path, options: ImportOptions) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model in {folder} only {config.vocab_size}; "
             "give its own as tokenizer=FOLDER"
         )
-    tree = {VERSION_KEY: current_version("RunConfig"), "name": options.name or out.name, "model": config.to_dict()}
-    checkpointer = Checkpointer(out / "checkpoints", asynchronous=False, config_yaml=dump_yaml(tree))
-    meta = {"step": 0, "tokens": 0, "imported_from": str(folder)}
-    checkpointer.save(TrainState(model=tensors, meta=meta), step=0, tokens=0, kind="keep", wait=True)
-    tokenizer.save(out / "tokenizer")
+    _write_run(out, options.name or out.name, config, tensors, tokenizer, {"imported_from": str(folder)})
     print(json.dumps({"import": str(folder), "run": str(out), "params": config.cost().total.params}))
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give the name of a new run folder")
+
+
+def _write_run(
+    out: Path, name: str, config: Any, tensors: Any, tokenizer: Any, meta: dict[str, Any], *, data: Any = None
+) -> None:
+    """A run folder with one checkpoint at step 0. data: the section of the run config that names the data."""
+    from llm.checkpoint import Checkpointer, TrainState
+    from llm.config.migrations import VERSION_KEY, current_version
+    from llm.config.yaml_io import dump_yaml
+
+    _check_new(out)
+    tree = {VERSION_KEY: current_version("RunConfig"), "name": name, "model": config.to_dict()}
+    tree |= {} if data is None else {"data": data}
+    checkpointer = Checkpointer(out / "checkpoints", asynchronous=False, config_yaml=dump_yaml(tree))
+    state = TrainState(model=tensors, meta={"step": 0, "tokens": 0, **meta})
+    checkpointer.save(state, step=0, tokens=0, kind="keep", wait=True)
+    tokenizer.save(out / "tokenizer")
 
 
 if __name__ == "__main__":

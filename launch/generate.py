@@ -15,6 +15,8 @@ keys:
   echo=true               print the prompt as well
   jsonl=false             one JSON line for each continuation
   lines=false             each line of the file or of stdin is a prompt of its own
+  slice=                  of a nested model: share of its hidden units such as 1/4, or a list with one per layer
+  widths=                 the same in hidden units
   precision=fp32          or bf16
   device=auto             auto, cpu or cuda
   context=                most tokens of prompt and output (default: the model's max_seq_len)
@@ -46,12 +48,13 @@ from launch._cli import Parser, run
 from llm.config.load import load_config
 from llm.core.errors import UserError
 from llm.generate.sampling import Sampling
+from llm.models.nesting import SliceOptions
 
 SMALL = 100_000_000
 """Parameters times sequences below which the threads of one step would wait for one another longer than they work."""
 
 
-class GenerateOptions(Sampling):
+class GenerateOptions(Sampling, SliceOptions):
     """The keys of this command."""
 
     temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
@@ -84,11 +87,13 @@ def main(argv: list[str]) -> None:
     from llm.generate.engine import Engine
     from llm.generate.load import DTYPES, load_model, pick_device
     from llm.generate.text import generate_text
+    from llm.models.nesting import set_widths
 
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
         given.model, device=device, dtype=DTYPES[options.precision], tokenizer=options.tokenizer
     )
+    set_widths(model, options.of(model.config))
     n_params = sum(p.numel() for p in model.parameters())
     small = n_params * min(options.max_batch, len(prompts) * options.n) < SMALL
     torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))

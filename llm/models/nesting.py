@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -56,6 +57,15 @@ def _one_per_layer(given: T | list[T], n_layers: int, name: str) -> list[T]:
     if len(given) != n_layers:
         raise UserError(f"{name} has {len(given)} entries, the model {n_layers} nested layers; give one, or one each")
     return given
+
+
+def slice_suffix(widths: Sequence[int] | None) -> str:
+    """What tells files about a slice from those about the whole: nothing, "-512", or "-mixed-" and a hash."""
+    if widths is None:
+        return ""
+    if len(set(widths)) == 1:
+        return f"-{widths[0]}"
+    return f"-mixed-{hashlib.sha256(str(list(widths)).encode()).hexdigest()[:8]}"
 
 
 def check_widths(widths: Sequence[int], whole: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm.checkpoint import Checkpointer, TrainState
 from llm.config.yaml_io import dump_yaml
-from llm.core.init import initialise
+from llm.core.init import clean_name, initialise
 from llm.data.tokenizer.simple import BytesTokenizer
 from llm.models.config import ModelConfig
 
@@ -31,7 +31,7 @@ def write_run(
     tree: dict[str, Any] = {"schema_version": 1, "name": folder.name, "model": config.to_dict()}
     if data is not None:
         tree["data"] = {"path": data}
-    tensors = {name: p.detach() for name, p in built.named_parameters()}
+    tensors = {clean_name(name): p.detach() for name, p in built.named_parameters()}
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=False, config_yaml=dump_yaml(tree))
     checkpointer.save(TrainState(model=tensors, meta={"tokens": 12}), step=3, tokens=12, kind="final", wait=True)
     if tokenizer:
