@@ -77,7 +77,7 @@ def consistency(
             sums[index, 1] += (part.argmax(-1) == whole.argmax(-1)).sum().cpu()
             sums[index, 2] += F.kl_div(part, whole, reduction="sum", log_target=True).double().cpu()
     means = (sums / max(1, n_tokens)).tolist()
-    return [Agreement(list(widths), *row, n_tokens) for widths, row in zip(slices, means)]
+    return [Agreement(list(widths), loss, same, kl, n_tokens) for widths, (loss, same, kl) in zip(slices, means)]
 
 
 def _log_probabilities(model: Any, tokens: Tensor, seq: SeqInfo, widths: Sequence[int] | None) -> Tensor:

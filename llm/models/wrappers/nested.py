@@ -25,11 +25,11 @@ from llm.core.progress import Progress
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
-from llm.models.wrappers.base import WRAPPERS, Wrapper, WrapperConfig
+from llm.models.wrappers.base import WRAPPERS, CostOf, Wrapper, WrapperConfig, bare_decoder
 
 if TYPE_CHECKING:
     from llm.models.config import ModelConfig, ModelCost
-    from llm.models.decoder import Output
+    from llm.models.output import Output
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -108,8 +108,7 @@ class NestedTrainingConfig(WrapperConfig):
         return given
 
     def wrap(self, inner: Any, model: ModelConfig) -> NestedTraining:
-        if isinstance(inner, Wrapper):
-            raise UserError("nested must be the first of model.wrappers, next to the decoder")
+        decoder = bare_decoder(inner, "nested")
         if self.objective == "summed" and model.wrappers[-1] is not self:
             raise UserError(
                 "nested: objective: summed scores several outputs, which no wrapper around it passes on; "
@@ -123,31 +122,32 @@ class NestedTrainingConfig(WrapperConfig):
             )
         blocks = model.blocks()
         for layer, config in layers.items():
-            block = inner.layers[layer]
+            block: Any = decoder.layers[layer]
             if not isinstance(block.channel, NestedChannel):
                 block.channel = config.nest(block.channel, model.context(layer, blocks[layer]))
-        return NestedTraining(inner, self.objective, self.shares(model), self.factors(model))
+        return NestedTraining(decoder, self.objective, self.shares(model), self.factors(model))
 
-    def cost(self, inner: ModelCost, model: ModelConfig, seq_len: int, mode: Mode, state_dtype_bytes: int) -> ModelCost:
+    def cost(self, inner: CostOf, model: ModelConfig, seq_len: int, mode: Mode, *, state_dtype_bytes: int) -> ModelCost:
         """For training, FLOPs are the mean over draws, or the sum over all granularities with the head of each."""
+        bare = inner(seq_len, mode)
         if mode != "train":
-            return inner
+            return bare
         blocks = model.blocks()
         saved = 0.0
         for layer, config in nested_layers(model).items():
             ctx = model.context(layer, blocks[layer])
             if config.sliced(ctx):
                 saved += config.cost(ctx.dims(state_dtype_bytes), seq_len, mode).flops_per_token
-        whole = inner.blocks.flops_per_token
+        whole = bare.blocks.flops_per_token
         each = [whole - (1 - share) * saved for share in self.shares(model)]
         if self.objective == "sampled":
             mean = sum(p * flops for p, flops in zip(self.factors(model), each))
-            return replace(inner, blocks=replace(inner.blocks, flops_per_token=mean))
-        context = len(each) * inner.blocks.attention_flops
+            return replace(bare, blocks=replace(bare.blocks, flops_per_token=mean))
+        context = len(each) * bare.blocks.attention_flops
         return replace(
-            inner,
-            blocks=replace(inner.blocks, flops_per_token=sum(each), attention_flops=context),
-            head=replace(inner.head, flops_per_token=len(each) * inner.head.flops_per_token),
+            bare,
+            blocks=replace(bare.blocks, flops_per_token=sum(each), attention_flops=context),
+            head=replace(bare.head, flops_per_token=len(each) * bare.head.flops_per_token),
         )
 
 

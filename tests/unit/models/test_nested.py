@@ -341,6 +341,36 @@ def test_training_cost(objective: str, form: str) -> None:
     assert nested.cost(16, "decode") == config(GATED).cost(16, "decode")
 
 
+PUBLISHED = {
+    "matlm-78m": (78.1, 73.9, 71.8, 70.8, 12.6, 8.4, 6.3, 5.2),
+    "matlm-180m": (181.4, 164.6, 156.2, 152.0, 50.3, 33.6, 25.2, 21.0),
+    "matlm-310m": (309.9, 272.1, 253.2, 243.8, 113.2, 75.5, 56.6, 47.2),
+    "matlm-463m": (463.5, 396.4, 362.8, 346.0, 201.3, 134.2, 100.7, 83.9),
+    "matlm-850m": (846.2, 695.2, 619.7, 582.0, 453.0, 302.0, 226.5, 188.7),
+    "matlm-1.3b": (1329.6, 1061.2, 926.9, 859.8, 805.3, 536.9, 402.7, 335.5),
+    "matlm-2.6b": (2598.4, 1994.4, 1692.4, 1541.4, 1811.9, 1208.0, 906.0, 755.0),
+}
+"""Millions of parameters of XL, L, M and S, then the same without the embedding."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_matlm_slices(name: str) -> None:
+    """All 28 sizes as published, exactly as the formula says, and the feed-forward part exactly by 1/k."""
+    model = ModelConfig.model_validate({"variant": name})
+    d = model.d_model
+    for index, divisor in enumerate((1, 2, 4, 8)):
+        plain = plain_config(model, SliceOptions(slice=1 / divisor).of(model))
+        module = plain.build("meta")
+        matrices = {n: p.numel() for n, p in module.named_parameters() if p.dim() == 2}
+        blocks = sum(n for part, n in matrices.items() if part.startswith("layers."))
+        total, inside = PUBLISHED[name][index], PUBLISHED[name][index + 4]
+        assert sum(matrices.values()) == 256000 * d + 16 * (4 * d**2 + 8 * d**2 // divisor)
+        assert sum(n for part, n in matrices.items() if ".channel." in part) * divisor == 16 * 8 * d**2
+        assert sum(matrices.values()) / 1e6 == pytest.approx(total, abs=0.051)
+        assert blocks / 1e6 == pytest.approx(inside, abs=0.051)
+        assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(total, rel=0.01)
+
+
 class _Other(DenseLinear):
     """A linear layer that is not a plain matrix."""
 
@@ -399,7 +429,7 @@ MISTAKES: list[tuple[Any, str]] = [
         lambda: config(wrappers=[{"type": "nested", "granularities": [0.5, 1]}]).build(),
         "the layers and the wrapper have different granularities",
     ),
-    (lambda: config(wrappers=["nested", "nested"]).build(), "nested must be the first of model.wrappers"),
+    (lambda: config(wrappers=["nested", "nested"]).build(), "nested reaches into the layers of a bare decoder"),
     (
         lambda: config(wrappers=[{"type": "nested", "objective": "summed"}, "nested"]).build(),
         "summed scores several outputs",
