@@ -56,12 +56,6 @@ class _Adapter(TokenMixer):
         assert isinstance(model, Wrapper)
         self.caps = type(model).caps
 
-    def to_empty(self, *, device: Any, recurse: bool = True) -> _Adapter:
-        """As strategies do: materialising takes a tied head and its embedding apart."""
-        super().to_empty(device=device, recurse=recurse)
-        self.model.tie()
-        return self
-
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         return self.model(x, seq).hidden
 
