@@ -93,7 +93,7 @@ class _Settings:
 
 
 _OPS: dict[str, OpSpec] = {}
-_FOLDERS = ("attention", "cross_entropy", "linear_attention", "memory_layer", "rms_norm")
+_FOLDERS = ("attention", "cross_entropy", "delta_rule", "linear_attention", "memory_layer", "rms_norm")
 _settings = _Settings()
 _banned: dict[tuple[str, str], str] = {}
 _cache: dict[tuple[Any, ...], Any] = {}

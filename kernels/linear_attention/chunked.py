@@ -77,7 +77,7 @@ def _chunked(
     if valid is not None:
         k = torch.where(valid[..., None, None], k, 0.0)
     padding = -length % size
-    q, k, v = (_by_chunk(x, size, padding) for x in (q, k, v))
+    q, k, v = (by_chunk(x, size, padding) for x in (q, k, v))
     n_chunks = q.shape[1]
     decays = Decays.of(log_decay, starts, valid, batch, length, size, padding, heads, wide, q.device)
 
@@ -174,7 +174,7 @@ def _masked_exp(logs: Tensor, mask: Tensor) -> Tensor:
     return logs.masked_fill(~mask, float("-inf")).exp()
 
 
-def _by_chunk(x: Tensor, size: int, padding: int) -> Tensor:
+def by_chunk(x: Tensor, size: int, padding: int) -> Tensor:
     """[B, T, ...] -> [B, N, C, ...], padded with zeros on the right."""
     if padding:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))

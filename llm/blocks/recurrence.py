@@ -92,3 +92,16 @@ def linear_attention_cost(
         seen = min(chunk, seq_len)
         flops += 2.0 * seen * ((n_groups or n_heads) * d_key + n_heads * d_value)
     return Cost(flops_per_token=flops, state_bytes_per_seq=matrix * max(4, state_dtype_bytes))
+
+
+def delta_rule_cost(
+    n_heads: int, d_key: int, d_value: int, *, chunk: int, seq_len: int, mode: Mode, state_dtype_bytes: int
+) -> Cost:
+    """Cost of `kernels.delta_rule`: per token, two reads of the state, one addition to it, products of keys with keys
+    and queries within the chunk, the triangular system, and the use of what it gives."""
+    matrix = n_heads * d_key * d_value
+    flops = 6.0 * matrix
+    if mode != "decode":
+        seen = min(chunk, seq_len)
+        flops += n_heads * seen * (4.0 * d_key + 2.0 * d_value + (d_key + d_value))
+    return Cost(flops_per_token=flops, state_bytes_per_seq=matrix * max(4, state_dtype_bytes))

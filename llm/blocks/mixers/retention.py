@@ -24,10 +24,13 @@ from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, RecurrentState
 from llm.core.states.recurrent import Tensors
 
+_TINY_NORM = RMSNormConfig(eps=1e-2, affine=False)
+"""A large eps for tiny configs: so narrow heads put out next to nothing for some first tokens, which a norm blows up."""
+
 
 @MIXERS.register(
     "retention",
-    tiny=lambda: RetentionConfig(n_heads=2, chunk=8),
+    tiny=lambda: RetentionConfig(n_heads=2, chunk=8, head_norm=_TINY_NORM),
     paper="arXiv:2307.08621",
     status="experimental",
     tinies={
@@ -37,10 +40,12 @@ from llm.core.states.recurrent import Tensors
             d_value=5,
             decay="log_linear",
             rotation="position",
-            head_norm=LayerNormConfig(affine=False, bias=False),
+            head_norm=LayerNormConfig(affine=False, bias=False, eps=1e-2),
             chunk=8,
         ),
-        "plain": lambda: RetentionConfig(n_heads=1, d_value=8, rotation="none", xavier_init=True, chunk=5),
+        "plain": lambda: RetentionConfig(
+            n_heads=1, d_value=8, rotation="none", xavier_init=True, chunk=5, head_norm=_TINY_NORM
+        ),
     },
     about=About(
         equation="S_t = γ S_{t−1} + k_t v_tᵀ, y_t = W_out (silu(W_gate x_t) ⊙ norm(q_t S_t)), γ = 1 − 2^(−5−head)",
@@ -152,7 +157,7 @@ class Retention(TokenMixer):
         """(outputs [B, T, H, V], S after the last real token)."""
         k, v = factors["k"], factors["v"]
         decays = self.log_decays(q.device)
-        return linear_attention(q.to(k.dtype), k, v, decays, starts, state, valid, self.chunk)
+        return linear_attention(q, k, v, decays, starts, state, valid, self.chunk)
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         q, factors, gate = self._project(x, seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm.blocks.mixers.delta_net import DeltaConfig, DeltaNetConfig, GatedDeltaNetConfig
 from llm.blocks.mixers.retention import RetentionConfig
 from llm.parallel.plan import ParallelPlan, plan_for
 
@@ -9,3 +10,15 @@ from llm.parallel.plan import ParallelPlan, plan_for
 @plan_for(RetentionConfig)
 def _retention(config: RetentionConfig) -> ParallelPlan:
     return ParallelPlan(tp_refused="A head's decay follows from its index, which a rank with some of the heads lacks.")
+
+
+def _delta(config: DeltaConfig) -> ParallelPlan:
+    return ParallelPlan(
+        tp_refused="Queries, keys and values share one convolution, which a split of the linears would not divide.",
+        fp32_params=("*.time_step.*",),
+        ac_keep=frozenset({"aten.linalg_solve_triangular"}),
+    )
+
+
+plan_for(DeltaNetConfig)(_delta)
+plan_for(GatedDeltaNetConfig)(_delta)
