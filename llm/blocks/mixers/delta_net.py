@@ -25,7 +25,7 @@ from llm.core.states.recurrent import Tensors
 
 L2_EPS = 1e-6
 _TINY_NORM = RMSNormConfig(eps=1e-2)
-"""A large eps for tiny configs: so narrow heads put out next to nothing for some first tokens, which a norm blows up."""
+"""A large eps for tiny configs: so narrow heads put out next to nothing for some first tokens, and norms blow it up."""
 
 
 class DeltaConfig(MixerConfig):

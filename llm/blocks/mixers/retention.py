@@ -25,7 +25,7 @@ from llm.core.state import DecodeState, RecurrentState
 from llm.core.states.recurrent import Tensors
 
 _TINY_NORM = RMSNormConfig(eps=1e-2, affine=False)
-"""A large eps for tiny configs: so narrow heads put out next to nothing for some first tokens, which a norm blows up."""
+"""A large eps for tiny configs: so narrow heads put out next to nothing for some first tokens, and norms blow it up."""
 
 
 @MIXERS.register(
