@@ -11,12 +11,14 @@ from llm.blocks.channels.gated import GatedChannel
 from llm.blocks.channels.mlp import MLP
 from llm.blocks.linears.dense import DenseLinear
 from llm.blocks.mixers.attention import Attention
+from llm.blocks.mixers.slab import SimplifiedLinearAttention
 from llm.blocks.progressive_norm import ChannelAffine, PRepBN, fold_into_next
 from llm.core.errors import UserError
 from llm.models.block import Block
 
 READERS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("q", "k", "v"),
+    SimplifiedLinearAttention: ("q", "k", "v"),
     GatedChannel: ("gate", "up"),
     MLP: ("up",),
 }

@@ -206,7 +206,7 @@ def test_folding_into_linears(bias: bool) -> None:
 
 def model(**changes: Any) -> Any:
     block: dict[str, Any] = {
-        "mixer": {"type": "attention", "n_heads": 4, "n_kv_heads": 2},
+        "mixer": changes.pop("mixer", {"type": "attention", "n_heads": 4, "n_kv_heads": 2}),
         "channel": {"type": "swiglu", "d_hidden": 24},
         "residual": changes.pop("residual", "pre"),
     }
@@ -230,6 +230,7 @@ def model(**changes: Any) -> Any:
         ({}, set()),
         ({"residual": {"type": "parallel", "shared_norm": True}}, set()),
         ({"residual": "parallel", "channel": {"type": "mlp", "d_hidden": 24, "bias": True}}, set()),
+        ({"mixer": {"type": "simplified_linear_attention", "n_heads": 2}}, set()),
         ({"head": {"tied": True}}, {"final_norm"}),
         ({"channel": {"type": "moe", "n_experts": 2, "top_k": 1, "d_hidden": 8}}, {"channel_norm"}),
         ({"residual": "sandwich"}, {"mixer_post_norm", "channel_post_norm"}),
