@@ -1,7 +1,7 @@
 """Causal attention whose weights are products of features, as the linear-attention mixers of several papers share it.
 
-o_t = Σ_{s ≤ t} (φ(q_t) · φ(k_s)) v_s / (Σ_{s ≤ t} φ(q_t) · φ(k_s) + eps) per head, within the document: linear in T, and
-the numerator and denominator of all heads are one state [H, K, V + 1] in fp32, whatever the context.
+o_t = Σ_{s ≤ t} (φ(q_t) · φ(k_s)) v_s / (Σ_{s ≤ t} φ(q_t) · φ(k_s) + eps) per head, within the document: linear in T,
+and the numerator and denominator of all heads are one state [H, K, V + 1] in fp32, whatever the context.
 """
 
 from __future__ import annotations

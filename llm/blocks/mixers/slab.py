@@ -31,8 +31,8 @@ from llm.core.state import CompositeState, ConvState, DecodeState
     about=About(
         equation="o_t = q_t Σ_{s ≤ t} k_s v_sᵀ / (q_t · Σ_{s ≤ t} k_s) + Σ_j w_j ⊙ v_{t−j}, q and k after a ReLU",
         use="The plainest linear attention with a constant state; small and cheap to read and to run.",
-        weakness="Published for images, without a causal mask: this causal form is ours. No decay and no gate, so a long "
-        "context blurs; recall is far below softmax attention.",
+        weakness="Published for images, without a causal mask: this causal form is ours. No decay and no gate, so a "
+        "long context blurs; recall is far below softmax attention.",
     ),
 )
 class SimplifiedLinearAttentionConfig(MixerConfig):
