@@ -13,6 +13,7 @@ rejected tokens.
 | RecurrentState | tensors that every token changes | copies after each tentative token, or replay of factors |
 | EmptyState | nothing | nothing |
 | CompositeState | states by key | each part |
+| SegmentState | the inner state of the current segment, and what is carried from one to the next | each lane |
 
 `counts` [B] says everywhere how many of a chunk's T tokens are real, row by row; the rest is padding on the right.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 from llm.core.states.attention import KVState, WindowState
 from llm.core.states.base import CompositeState, DecodeState, EmptyState, valid_counts
 from llm.core.states.recurrent import ConvState, RecurrentState, choose_policy
+from llm.core.states.segment import SegmentState
 
 __all__ = [
     "CompositeState",
@@ -30,6 +32,7 @@ __all__ = [
     "EmptyState",
     "KVState",
     "RecurrentState",
+    "SegmentState",
     "WindowState",
     "choose_policy",
     "valid_counts",

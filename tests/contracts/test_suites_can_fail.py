@@ -27,7 +27,10 @@ from llm.core.cost import Cost, Dims, Mode
 from llm.core.init import Init, computed, constant
 from llm.core.registry import Entry
 from llm.core.seq import SeqInfo
-from llm.core.state import ConvState, DecodeState, RecurrentState
+from llm.core.state import CompositeState, ConvState, DecodeState, RecurrentState, SegmentState
+from llm.models.wrappers.base import WrapperConfig
+from llm.models.wrappers.loop import Loop, LoopConfig
+from llm.models.wrappers.rmt import RMT, RMTConfig
 from tests.contracts.checks import (
     CHANNEL_CHECKS,
     LINEAR_CHECKS,
@@ -37,6 +40,7 @@ from tests.contracts.checks import (
     RESIDUAL_CHECKS,
 )
 from tests.contracts.checks.exemptions import check_exemptions
+from tests.contracts.checks.wrappers import WRAPPER_CHECKS
 from tests.contracts.examples import (
     GatedRecurrence,
     GatedRecurrenceConfig,
@@ -374,6 +378,99 @@ class _Channel(ChannelConfig):
 )
 def test_broken_channel(wrong: str, expected: set[str]) -> None:
     messages = failing(CHANNEL_CHECKS, _Channel(wrong=wrong), expected)
+    assert set(messages) == expected, messages
+
+
+class _MixesRows(RMT):
+    """Rows of a batch share a memory."""
+
+    def close(self, carried: Any, written: Any, first: Any, state: Any, rows: Any) -> Any:
+        return super().close(carried, written.mean(dim=0, keepdim=True).expand_as(written), first, state, rows)
+
+
+class _KeepsRejectedSegments(SegmentState):
+    def commit(self, accepted: Tensor) -> None:
+        self.committing = True
+        super().commit(accepted)
+        self.committing = False
+
+    def _merge(self, lanes: list[int]) -> None:
+        super()._merge([len(self.lanes) - 1] * self.batch if getattr(self, "committing", False) else lanes)
+
+
+class _DoesNotGoBack(RMT):
+    """Goes on in the next segment although the tokens that opened it were rejected."""
+
+    def new_state(self, *args: Any, **kwargs: Any) -> DecodeState:
+        state = super().new_state(*args, **kwargs)
+        state.__class__ = _KeepsRejectedSegments
+        return state
+
+
+class _ReadsAcrossDocuments(RMT):
+    """Takes packed documents for one."""
+
+    def forward(self, tokens: Tensor, seq: SeqInfo, *, state: Any = None, carry: Any = None) -> Any:
+        return super().forward(tokens, SeqInfo(seq.positions, valid=seq.valid), state=state, carry=carry)
+
+
+class _OneStateForAllLoops(Loop):
+    """All loops write into the state of the first."""
+
+    def new_state(self, *args: Any, **kwargs: Any) -> DecodeState:
+        state = super().new_state(*args, **kwargs)
+        assert isinstance(state, CompositeState)
+        return CompositeState({key: state["loop0"] if key.startswith("loop") else state[key] for key in state.parts})
+
+
+class _Recurrent(RMTConfig):
+    n_memory: int = 2
+    segment: int | None = 5
+    wrong: str = ""
+
+    def wrap(self, inner: Any, model: Any) -> Any:
+        kinds = {
+            "mixes_rows": _MixesRows,
+            "does_not_go_back": _DoesNotGoBack,
+            "reads_across": _ReadsAcrossDocuments,
+        }
+        return kinds.get(self.wrong, RMT)(self, inner, model)
+
+    @classmethod
+    def identity(cls) -> WrapperConfig:
+        return cls(n_memory=0, segment=None)
+
+
+class _NoIdentity(_Recurrent):
+    @classmethod
+    def identity(cls) -> WrapperConfig:
+        return cls(n_memory=1, segment=None)
+
+
+class _Looped(LoopConfig):
+    n_loops: int = 3
+
+    def wrap(self, inner: Any, model: Any) -> Any:
+        return _OneStateForAllLoops(self, inner, model)
+
+    @classmethod
+    def identity(cls) -> WrapperConfig:
+        return cls(n_loops=1)
+
+
+BROKEN_WRAPPERS: dict[str, tuple[Callable[[], WrapperConfig], set[str]]] = {
+    "mixes_rows": (lambda: _Recurrent(wrong="mixes_rows"), DECODING),
+    "does_not_go_back": (lambda: _Recurrent(wrong="does_not_go_back"), {"commit"}),
+    "reads_across": (lambda: _Recurrent(wrong="reads_across"), {"packing"}),
+    "no_identity": (_NoIdentity, {"identity"}),
+    "one_state_for_all_loops": (_Looped, DECODING | {"bf16", "flops_cost", "state_cost"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_WRAPPERS)
+def test_broken_wrapper(name: str) -> None:
+    make, expected = BROKEN_WRAPPERS[name]
+    messages = failing(WRAPPER_CHECKS, make(), expected)
     assert set(messages) == expected, messages
 
 

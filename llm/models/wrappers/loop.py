@@ -32,9 +32,9 @@ Inject = Literal["none", "add", "mul"]
 
 @WRAPPERS.register(
     "loop",
-    tiny=lambda: LoopConfig(n_pre=1, n_loop=1, n_loops=3),
+    tiny=lambda: LoopConfig(n_loops=2),
     tinies={
-        "shared": lambda: LoopConfig(n_loops=2),
+        "pre": lambda: LoopConfig(n_pre=1, n_loop=1, n_loops=3),
         "add": lambda: LoopConfig(n_loop=1, n_loops=3, inject="add", loss_window=2, n_loop_embeddings=2),
         "mul": lambda: LoopConfig(n_loop=1, n_loops=2, inject="mul", loop_norm="rms_norm"),
         "halting": lambda: LoopConfig(n_pre=1, n_loop=1, n_loops=3, tolerance=1e-9),

@@ -54,7 +54,7 @@ class _Adapter(TokenMixer):
         super().__init__()
         self.model = model
         assert isinstance(model, Wrapper)
-        self.caps = type(model).caps
+        self.caps = type(model).caps  # type: ignore[misc]
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         return self.model(x, seq).hidden

@@ -22,7 +22,7 @@ from tests.contracts.checks.harness import D_MODEL, assert_same, fill, n_paramet
 from tests.contracts.checks.wrappers import AsMixer
 
 ATTENTION = {"type": "attention", "n_heads": 2}
-GPT = {"position": {"type": "learned"}, "norm": {"type": "layer_norm"}}
+GPT: dict[str, Any] = {"position": {"type": "learned"}, "norm": {"type": "layer_norm"}}
 
 
 def _config(n_layers: int = 3, **loop: Any) -> ModelConfig:
