@@ -12,8 +12,9 @@ from llm.core.errors import UserError
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from llm.models.wrappers.base import WRAPPERS
+from tests.contracts.checks.decoding import Decoding
 from tests.contracts.checks.harness import VOCAB, assert_same, fill, n_parameters
-from tests.contracts.checks.wrappers import WRAPPER_CHECKS, wrapped_model
+from tests.contracts.checks.wrappers import WRAPPER_CHECKS, as_mixer, wrapped_model
 from tests.contracts.generate import cases, run_case, run_exemptions
 
 ENTRIES = WRAPPERS.entries()
@@ -31,7 +32,8 @@ def test_exemptions() -> None:
 
 @pytest.mark.parametrize(("wrapper", "mixer"), PAIRS, ids="-".join)
 def test_wraps_every_mixer(wrapper: str, mixer: str) -> None:
-    """One training step, then decoding as forward does; what does not fit says so when it is built."""
+    """One training step, then decoding as forward does, also with rows that are at different places of their segments
+    and with drafts; what does not fit says so when it is built."""
     config = wrapped_model(WRAPPERS.entry(wrapper).tiny(), MIXERS.entry(mixer).tiny())
     try:
         model = config.build("cpu")
@@ -53,3 +55,10 @@ def test_wraps_every_mixer(wrapper: str, mixer: str) -> None:
             seq = SeqInfo.contiguous(2, length, start=start)
             parts.append(model(tokens[:, start : start + length], seq, state=state).hidden)
     assert_same(torch.cat(parts, dim=1), whole, "decoding against forward")
+    decoding = Decoding(as_mixer(model), 2, n_tentative=4, label="rows at different places")
+    decoding.feed([7, 4])
+    decoding.feed([1, 1])
+    decoding.begin(4)
+    decoding.feed([3, 4])
+    decoding.commit([1, 3])
+    decoding.feed([4, 9])

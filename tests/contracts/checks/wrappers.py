@@ -68,6 +68,11 @@ class _Adapter(TokenMixer):
         return self.model.new_state(batch, capacity, n_tentative=n_tentative, dtype=dtype, device=device)
 
 
+def as_mixer(model: Any) -> TokenMixer:
+    """A wrapped model behind the interface of a mixer, hidden states for outputs."""
+    return _Adapter(model)
+
+
 def _of_mixers(check: Check) -> Check:
     return lambda config: check(AsMixer(config))
 

@@ -21,7 +21,7 @@ from llm.train.live_memory import LiveMemory
 from llm.train.setup import check_packing
 from tests.contracts.checks.decoding import Decoding
 from tests.contracts.checks.harness import D_MODEL, assert_same, fill, n_parameters, random, tiny_model
-from tests.contracts.checks.wrappers import _Adapter
+from tests.contracts.checks.wrappers import as_mixer
 
 ATTENTION = {"type": "attention", "n_heads": 2}
 RMT = {"type": "rmt", "n_memory": 2, "segment": 5}
@@ -292,7 +292,7 @@ def test_packed_documents_are_refused_by_name_of_the_setting() -> None:
 
 @pytest.mark.parametrize("wrapper", [RMT, RETRIEVAL, ARMT], ids=["rmt", "retrieval", "armt"])
 def test_drafts_may_cross_any_number_of_segment_ends(wrapper: dict[str, Any]) -> None:
-    model = _Adapter(_model({**wrapper, "segment": 3}))
+    model = as_mixer(_model({**wrapper, "segment": 3}))
     for accepted in ([8, 0, 1], [2, 3, 4], [5, 7, 8], [0, 0, 0]):
         decoding = Decoding(model, 3, n_tentative=8, label=f"{accepted} of 8")
         decoding.feed([3, 2, 1])
@@ -310,7 +310,7 @@ def test_drafts_may_cross_any_number_of_segment_ends(wrapper: dict[str, Any]) ->
 
 
 def test_room_is_what_is_left_of_the_segment() -> None:
-    decoding = Decoding(_Adapter(_model(RMT)), 2, n_tentative=4)
+    decoding = Decoding(as_mixer(_model(RMT)), 2, n_tentative=4)
     state = decoding.state
     assert isinstance(state, SegmentState)
     assert state.room().tolist() == [5, 5]
@@ -374,7 +374,7 @@ def test_memory_around_a_loop() -> None:
     ]
     assert_same(output.hidden, hidden[0], "hidden states")
     assert_same(output.extra[0][0], hidden[1], "an earlier iterate")
-    decoding = Decoding(_Adapter(model.eval()), 2, label="nested")
+    decoding = Decoding(as_mixer(model.eval()), 2, label="nested")
     decoding.feed([4, 9])
     decoding.feed([3, 3])
 
