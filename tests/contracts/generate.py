@@ -10,11 +10,21 @@ import pytest
 from llm.core.registry import Entry
 from tests.contracts.checks.exemptions import Check, check_exemptions, verify
 
+SLOW = ("overfits", "compile")
+"""Contracts that take seconds: the fast suite holds the main variant of each entry to them."""
+
 
 def cases(checks: Mapping[str, Check], entries: Iterable[Entry[Any]]) -> list[Any]:
     """(checks, contract, entry, variant) for every contract of every variant, named variant-contract."""
     return [
-        pytest.param(checks, name, entry, label, id=f"{label}-{name}")
+        pytest.param(
+            checks,
+            name,
+            entry,
+            label,
+            id=f"{label}-{name}",
+            marks=[pytest.mark.slow] if name in SLOW and label != entry.name else [],
+        )  # fmt: skip
         for entry in entries
         for label in entry.variants()
         for name in checks

@@ -1,7 +1,9 @@
 """Any parts that fit together build, train one step, count right and decode, on a CPU.
 
-All triples mixer x channel x linear are tried, and all pairs of parts of any two kinds. Parts that do not fit say so
-with a UserError when the model is built; each part must fit most of the others.
+All triples mixer x channel x linear (of their main variants) are tried, and all pairs of parts of any two kinds, all
+variants included. Those that show each mixer with each linear, and between them most other pairs, run in the fast
+suite, the rest are marked slow. Parts that do not fit say so with a UserError when the model is built; each part must
+fit most of the others.
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ from tests.contracts.checks.harness import VOCAB, assert_same, fill, n_parameter
 from tests.contracts.examples import EXAMPLES
 
 KINDS = ("mixer", "channel", "linear", "residual", "norm", "position")
-MAX_TRIPLES = 400
-"""Above this many, only the main variant of each channel and linear enters the triples; pairs still take them all."""
 
 
 def _variants(registries: list[Any], *, main_only: bool = False) -> dict[str, Any]:
@@ -44,32 +44,38 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def combinations() -> list[tuple[str, ...]]:
-    """One label per kind: all triples of the first three kinds, the rest chosen to cover as many new pairs as it can;
-    then further rows until every pair is covered."""
-    first = [list(PARTS[kind]) for kind in KINDS[:3]]
-    if len(first[0]) * len(first[1]) * len(first[2]) > MAX_TRIPLES:
-        first[1] = list(_variants([CHANNELS], main_only=True))
-        first[2] = list(_variants([LINEARS], main_only=True))
+def combinations() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """(fast, slow) rows of one label per kind. Kinds that a row does not fix are chosen to cover many new pairs."""
+    registries: list[list[Any]] = [[MIXERS, EXAMPLES], [CHANNELS], [LINEARS]]
+    mixers, channels, linears = (list(_variants(kind, main_only=True)) for kind in registries)
     left = {
         (i, a, j, b)
         for i, j in itertools.combinations(range(len(KINDS)), 2)
         for a in PARTS[KINDS[i]]
         for b in PARTS[KINDS[j]]
     }
-    rows = []
-    for triple in itertools.product(*first):
-        rows.append(_complete(dict(enumerate(triple)), left))
+    fast = [
+        _complete({0: mixer, 2: linear}, left, {1: channels}) for mixer, linear in itertools.product(mixers, linears)
+    ]
+    done = {row[:3] for row in fast}
+    slow = [
+        _complete(dict(enumerate(triple)), left)
+        for triple in itertools.product(mixers, channels, linears)
+        if triple not in done
+    ]
     while left:
         i, a, j, b = min(left)
-        rows.append(_complete({i: a, j: b}, left))
-    return rows
+        slow.append(_complete({i: a, j: b}, left))
+    return fast, slow
 
 
-def _complete(row: dict[int, str], left: set[tuple[int, str, int, str]]) -> tuple[str, ...]:
+def _complete(
+    row: dict[int, str], left: set[tuple[int, str, int, str]], among: dict[int, list[str]] | None = None
+) -> tuple[str, ...]:
     for kind in range(len(KINDS)):
         if kind not in row:
-            row[kind] = max(PARTS[KINDS[kind]], key=lambda label: len(_pairs(row | {kind: label}) & left))
+            candidates = (among or {}).get(kind) or list(PARTS[KINDS[kind]])
+            row[kind] = max(candidates, key=lambda label: len(_pairs(row | {kind: label}) & left))
     left -= _pairs(row)
     return tuple(row[kind] for kind in range(len(KINDS)))
 
@@ -78,7 +84,9 @@ def _pairs(row: dict[int, str]) -> set[tuple[int, str, int, str]]:
     return {(i, row[i], j, row[j]) for i, j in itertools.combinations(sorted(row), 2)}
 
 
-COMBINATIONS = combinations()
+FAST, SLOW = combinations()
+COMBINATIONS = [*FAST, *SLOW]
+CASES = [*FAST, *(pytest.param(labels, marks=pytest.mark.slow, id="-".join(labels)) for labels in SLOW)]
 
 
 def _model(labels: tuple[str, ...]) -> Any:
@@ -92,7 +100,7 @@ def _build(labels: tuple[str, ...], device: str) -> Any:
     return config, config.build(device)
 
 
-@pytest.mark.parametrize("labels", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("labels", CASES, ids="-".join)
 def test_parts_work_together(labels: tuple[str, ...]) -> None:
     try:
         config, model = _build(labels, "cpu")
