@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm.blocks.mixers.delta_net import DeltaConfig, DeltaNetConfig, GatedDeltaNetConfig
+from llm.blocks.mixers.mamba2 import Mamba2Config
 from llm.blocks.mixers.retention import RetentionConfig
 from llm.parallel.plan import ParallelPlan, plan_for
 
@@ -22,3 +23,11 @@ def _delta(config: DeltaConfig) -> ParallelPlan:
 
 plan_for(DeltaNetConfig)(_delta)
 plan_for(GatedDeltaNetConfig)(_delta)
+
+
+@plan_for(Mamba2Config)
+def _mamba2(config: Mamba2Config) -> ParallelPlan:
+    return ParallelPlan(
+        tp_refused="x, B and C share one convolution and the norm spans a group: a split of the linears is not enough.",
+        fp32_params=("*.time_step.*",),
+    )
