@@ -226,10 +226,14 @@ class Attention(TokenMixer):
 
     def _project(self, x: Tensor, seq: SeqInfo) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (y.unflatten(-1, (-1, self.d_head)) for y in project(x, self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.position.at_qk(q, k, seq)
+        q, k = self.position.at_qk(*self.before_positions(q, k), seq)
         return q, k, v
+
+    def before_positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries [B, T, H, Dh] and keys [B, T, Hkv, Dh] become before positions act on them."""
+        if self.q_norm is not None and self.k_norm is not None:
+            return self.q_norm(q), self.k_norm(k)
+        return q, k
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         q, k, v = self._project(x, seq)

@@ -68,7 +68,7 @@ def hf_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 def _uniform(config: ModelConfig) -> tuple[AttentionConfig, SwiGLUConfig]:
     """Mixer and channel of the layers, which must be of the right kinds; `hf_config` compares their values."""
     for i, block in enumerate(config.blocks()):
-        if not isinstance(block.mixer, AttentionConfig):
+        if not isinstance(block.mixer, AttentionConfig) or block.mixer.type != "attention":
             raise _kind(f"model layer {i}: mixer", block.mixer, "attention")
         if not isinstance(block.channel, SwiGLUConfig) or block.channel.type != "swiglu":
             raise _kind(f"model layer {i}: channel", block.channel, "swiglu")
