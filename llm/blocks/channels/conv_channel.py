@@ -100,10 +100,14 @@ class ConvChannel(ChannelMixer):
 
 @CHANNELS.register(
     "conv_channel_spiking",
-    tiny=lambda: SpikingConvChannelConfig(d_hidden=64, neuron=NeuronConfig(threshold=0.5)),
+    tiny=lambda: SpikingConvChannelConfig(d_hidden=128, neuron=NeuronConfig(threshold=0.5, sharpness=2)),
     paper="arXiv:2402.04882 (LMUFormer)",
     status="experimental",
-    tinies={"published": lambda: SpikingConvChannelConfig(d_hidden=64, width=1, neuron=NeuronConfig(threshold=0.5))},
+    tinies={
+        "published": lambda: SpikingConvChannelConfig(
+            d_hidden=128, width=1, neuron=NeuronConfig(threshold=0.5, sharpness=2)
+        )
+    },
     exempt={
         "gradients": "A spike is a step function; its gradient is a surrogate, not what finite differences measure.",
         "bf16": "A spike is a step function, so rounding near the threshold turns it over and changes the rest.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,10 @@ from llm.core.state import DecodeState, RecurrentState
 
 @MIXERS.register(
     "lmu_spiking",
-    tiny=lambda: SpikingLMUConfig(
-        n_channels=4, order=6, windows=(6.0, 20.0), chunk=4, neuron=NeuronConfig(threshold=0.5)
-    ),
+    tiny=lambda: _tiny(order=6, windows=(6.0, 20.0), chunk=4),
     paper="arXiv:2402.04882 (LMUFormer)",
     status="experimental",
-    tinies={
-        "one_window": lambda: SpikingLMUConfig(
-            n_channels=8, order=4, windows=(8.0,), chunk=8, unit=True, neuron=NeuronConfig(threshold=0.5)
-        )
-    },
+    tinies={"one_window": lambda: _tiny(order=4, windows=(8.0,), unit=True)},
     exempt={
         "gradients": "A spike is a step function; its gradient is a surrogate, not what finite differences measure.",
     },
@@ -129,3 +125,12 @@ class SpikingLMU(TokenMixer):
     ) -> DecodeState:
         wide = torch.promote_types(dtype, torch.float32)
         return RecurrentState(batch, self.shapes, n_tentative=n_tentative, dtype=wide, device=device)
+
+
+def _tiny(**fields: Any) -> SpikingLMUConfig:
+    """So few neurons are silent all at once, or all turned over by one step, unless they fire readily and softly."""
+    soft = {
+        "input_neuron": NeuronConfig(threshold=0.5, sharpness=2),
+        "neuron": NeuronConfig(threshold=0.25, sharpness=2),
+    }
+    return SpikingLMUConfig.model_validate({"n_channels": 8} | soft | fields)
