@@ -20,6 +20,7 @@ _SUMMARIES = {
     "train": "train a model from a config; several processes with torchrun",
     "generate": "continue a prompt with a trained model",
     "evaluate": "perplexity and bits per byte of a trained model on any text",
+    "grow": "give a trained model more parameter tokens, its outputs unchanged",
     "export": "write a trained model for Hugging Face transformers, and read one",
     "estimate": "parameters, FLOPs, state and memory of a config, without hardware",
     "bench": "measure speed, one JSON line each",

@@ -2,7 +2,13 @@
 
 from llm.checkpoint.checkpointer import Checkpointer
 from llm.checkpoint.manifest import Damaged
-from llm.checkpoint.restore import load_config_yaml, load_meta, load_model_tensors, resolve_checkpoint
+from llm.checkpoint.restore import (
+    load_config_yaml,
+    load_meta,
+    load_model_tensors,
+    load_optim_tensors,
+    resolve_checkpoint,
+)
 from llm.checkpoint.state import CheckpointInfo, Kind, TrainState
 
 __all__ = [
@@ -14,5 +20,6 @@ __all__ = [
     "load_config_yaml",
     "load_meta",
     "load_model_tensors",
+    "load_optim_tensors",
     "resolve_checkpoint",
 ]

@@ -65,20 +65,33 @@ def load_model_tensors(path: Path) -> dict[str, Tensor]:
 
     path: a step folder (see `resolve_checkpoint`). Only the model's files are read. Damaged when they are not sound.
     """
-    folder = Path(path)
+    return _load_part(Path(path), "model")
+
+
+def load_optim_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """All optimizer state of a checkpoint in full, parameter name -> state name -> tensor, on the CPU; empty where none
+    was saved."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _load_part(Path(path), "optim").items():
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(parameter, {})[key] = tensor
+    return state
+
+
+def _load_part(folder: Path, part: str) -> dict[str, Tensor]:
     manifest = read_manifest(folder)
-    problems = find_damage(folder, manifest, hashes=True, only=("model/",))
+    problems = find_damage(folder, manifest, hashes=True, only=(f"{part}/",))
     if problems:
         raise Damaged(f"checkpoint {folder} is damaged: {'; '.join(problems)}")
     tensors = {}
     for name, entry in manifest.tensors.items():
-        if not name.startswith("model/"):
+        if not name.startswith(f"{part}/"):
             continue
         full = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         for chunk in entry.chunks:
             box = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
             full[box] = read_slice(folder / chunk.file, chunk.key)
-        tensors[name.removeprefix("model/")] = full
+        tensors[name.removeprefix(f"{part}/")] = full
     return tensors
 
 
@@ -142,6 +155,14 @@ def fill_rng(folder: Path, manifest: Manifest, rank: int, rng: dict[str, Tensor]
             saved = file.get_tensor(key)
             if saved.shape == rng[key].shape and saved.dtype == rng[key].dtype:
                 rng[key].copy_(saved)
+
+
+def load_rng(folder: Path) -> dict[str, Tensor]:
+    """RNG states of the first rank; empty where none were saved."""
+    from safetensors.torch import load_file
+
+    path = folder / rng_file(0)
+    return load_file(path) if path.is_file() else {}
 
 
 def _some(names: list[str]) -> str:
