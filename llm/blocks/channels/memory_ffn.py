@@ -21,10 +21,7 @@ from llm.core.state import DecodeState
     tiny=lambda: MemoryFFNConfig(n_bits=2, extra_bits=1),
     paper="arXiv:2411.12992",
     status="experimental",
-    tinies={
-        "tables": lambda: MemoryFFNConfig(n_bits=2, extra_bits=0, table_factor=2),
-        "no_norm": lambda: MemoryFFNConfig(n_bits=2, extra_bits=1, norm=None),
-    },
+    tinies={"tables": lambda: MemoryFFNConfig(n_bits=2, extra_bits=0, table_factor=2)},
     about=About(
         equation="y = M₂(norm(M₁ x)), M a Memory Layer: y = b + Σ_k p(z_k) T_k[signs of z_k]",
         use="With memory layers at q, k and v: a block whose only matrix products are those of attention.",

@@ -18,10 +18,6 @@ from llm.core.state import DecodeState
     tiny=lambda: TokenFFNConfig(n_tokens=24),
     paper="arXiv:2410.23168",
     status="experimental",
-    tinies={
-        "gelu_first": lambda: TokenFFNConfig(n_tokens=24, normalization="gelu_l2_norm"),
-        "softmax": lambda: TokenFFNConfig(n_tokens=24, normalization="softmax", approximate="tanh"),
-    },
     about=About(
         equation="y = GELU(τ a / ‖a‖₂) V, a = x Kᵀ over n parameter tokens (K, V): an MLP with a norm in its middle",
         use="With pattention as the linear of attention: a block that grows by parameter tokens alone.",

@@ -33,10 +33,6 @@ EPS = 1e-5
     tiny=lambda: PattentionConfig(n_tokens=12),
     paper="arXiv:2410.23168",
     status="experimental",
-    tinies={
-        "gelu_first": lambda: PattentionConfig(normalization="gelu_l2_norm", approximate="tanh"),
-        "softmax": lambda: PattentionConfig(n_tokens=12, normalization="softmax"),
-    },
     about=About(
         equation="y = GELU(τ a / ‖a‖₂) V, a = x Kᵀ over n parameter tokens (K, V), τ = √n when first built",
         use="Models that are to grow: more parameter tokens with zero keys leave every output as it is, and the decode "

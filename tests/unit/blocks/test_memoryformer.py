@@ -65,7 +65,7 @@ def test_contracts_hold_for_further_settings(settings: dict[str, Any], contract:
 
 
 @pytest.mark.parametrize("contract", ["gradients", "params_cost", "flops_cost", "bf16", "init"])
-@pytest.mark.parametrize("settings", [{"n_bits": 8}, {"n_bits": 4, "weighting": "prob"}], ids=str)
+@pytest.mark.parametrize("settings", [{"n_bits": 8}, {"n_bits": 4, "weighting": "prob", "norm": None}], ids=str)
 def test_contracts_of_the_feed_forward_layer(settings: dict[str, Any], contract: str) -> None:
     CHANNEL_CHECKS[contract](MemoryFFNConfig(**settings))
 

@@ -22,6 +22,7 @@ from llm.blocks.linears.pattention import (
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from llm.models.config import ModelConfig
+from tests.contracts.checks import CHANNEL_CHECKS, LINEAR_CHECKS
 from tests.unit.blocks.helpers import context, ready
 
 MODES: tuple[Normalization, ...] = get_args(Normalization)
@@ -35,6 +36,25 @@ def layer(n: int = 12, d_in: int = 10, d_out: int = 7, *, bias: bool = False, **
 
 def inputs(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"normalization": "gelu_l2_norm", "approximate": "tanh"},
+    {"normalization": "softmax", "n_tokens": 12, "key_std": 0.5},
+]
+
+
+@pytest.mark.parametrize("contract", [name for name in LINEAR_CHECKS if name != "compile"])
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_contracts_hold_for_other_normalizations(settings: dict[str, Any], contract: str) -> None:
+    """Which are not among the pairs of parts: one step of plain SGD at their rate is too long for some of them."""
+    LINEAR_CHECKS[contract](PattentionConfig(**settings))
+
+
+@pytest.mark.parametrize("contract", ["token_wise", "gradients", "params_cost", "flops_cost", "bf16", "init"])
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_contracts_of_the_feed_forward_layer(settings: dict[str, Any], contract: str) -> None:
+    CHANNEL_CHECKS[contract](TokenFFNConfig(**settings))
 
 
 def test_published_form() -> None:
