@@ -45,7 +45,9 @@ def figures(kind: str, config: Any) -> dict[str, Cost] | None:
     """Cost by context length of a part in one layer of the reference width; None where it has none of its own."""
     base: dict[str, Any] = {"vocab_size": 1024, "d_model": WIDTH, "max_seq_len": CONTEXTS[-1]}
     block = {"mixer": {"type": "attention", "n_heads": 8}, "channel": "swiglu"}
-    model = ModelConfig.model_validate(base | {"layers": [{"pattern": [block], "repeat": 1}]})
+    model = ModelConfig.model_validate(
+        base | {"layers": [{"pattern": [block], "repeat": 2 if kind == "wrappers" else 1}]}
+    )
     ctx = model.context(0)
     found: dict[str, Cost] = {}
     for length in CONTEXTS:
@@ -112,7 +114,7 @@ def page(kind: str) -> str:
     registry, title = TITLES[kind]
     lines = [f"# {title}", "", NOTE, ""]
     if kind == "wrappers":
-        lines += ["Wrappers' figures are those of a whole model of one attention layer inside.", ""]
+        lines += ["Wrappers' figures are those of a whole model of two attention layers inside.", ""]
     lines += [" · ".join(f"[{entry.name}](#{entry.name})" for entry in registry.entries()), ""]
     for entry in registry.entries():
         lines += section(kind, entry)

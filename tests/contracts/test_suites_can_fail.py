@@ -384,8 +384,8 @@ def test_broken_channel(wrong: str, expected: set[str]) -> None:
 class _MixesRows(RMT):
     """Rows of a batch share a memory."""
 
-    def close(self, carried: Any, written: Any, first: Any, state: Any, rows: Any) -> Any:
-        return super().close(carried, written.mean(dim=0, keepdim=True).expand_as(written), first, state, rows)
+    def close(self, carried: Any, written: Any, first: Any, closing: Any) -> Any:
+        return super().close(carried, written.mean(dim=0, keepdim=True).expand_as(written), first, closing)
 
 
 class _KeepsRejectedSegments(SegmentState):

@@ -16,6 +16,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "rmt": {"type": "rmt", "n_memory": 2, "segment": 6, "checkpoint_segments": True},
     "retrieval": {"type": "rmt", "n_memory": 2, "segment": 6, "retrieval": True},
     "armt": {"type": "armt", "n_memory": 2, "segment": 6, "d_memory": 4},
+    "fit": {"type": "fit", "stages": "(1)1(1)", "group": 6, "n_latents": 2, "n_heads": 2},
 }
 
 

@@ -13,11 +13,12 @@ from llm.core.cost import Cost
 from llm.core.init import Init
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState, SegmentState
+from llm.core.state import DecodeState
 from llm.models.output import Output
 from llm.models.wrappers.base import WRAPPERS, WrapperConfig, bare_decoder
+from llm.models.wrappers.recurrence import Recurrent, RecurrentConfig, SegmentCost
 from llm.models.wrappers.rmt import memory_init
-from llm.models.wrappers.segments import Carried, SegmentConfig, SegmentCost, Segmented, pick
+from llm.models.wrappers.segments import Carried, Closing, pick
 
 if TYPE_CHECKING:
     from llm.models.config import ModelConfig
@@ -40,7 +41,7 @@ EPS = 1e-5
         weakness="Segments run one after another; recall of many pairs takes a long curriculum.",
     ),
 )
-class ARMTConfig(SegmentConfig):
+class ARMTConfig(RecurrentConfig):
     """Associative Recurrent Memory Transformer (ARMT).
 
     d_memory: width of queries and keys before the feature map DPFP, which makes 2 * nu * d_memory of them.
@@ -83,7 +84,7 @@ class ARMTConfig(SegmentConfig):
         return cls(n_memory=0)
 
 
-class ARMT(Segmented):
+class ARMT(Recurrent):
     """memory [m, D]; memories: an AssociativeMemory for each layer."""
 
     def __init__(self, config: ARMTConfig, inner: Any, model: ModelConfig) -> None:
@@ -124,9 +125,7 @@ class ARMT(Segmented):
                 written.append(pick(x, at))
         return Output(decoder.final_norm(x)), written
 
-    def close(
-        self, carried: Carried, written: Any, first: Tensor | bool, state: SegmentState | None, rows: Tensor | None
-    ) -> Carried:
+    def close(self, carried: Carried, written: Any, first: Tensor | bool, closing: Closing | None) -> Carried:
         if self.memory is None:
             return carried
         after: Carried = {}

@@ -14,10 +14,11 @@ from llm.core.errors import UserError
 from llm.core.init import Init
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState, KVState, SegmentState
+from llm.core.state import DecodeState, KVState
 from llm.models.output import Output
 from llm.models.wrappers.base import WRAPPERS, WrapperConfig
-from llm.models.wrappers.segments import Carried, SegmentConfig, SegmentCost, Segmented, pick
+from llm.models.wrappers.recurrence import Recurrent, RecurrentConfig, SegmentCost
+from llm.models.wrappers.segments import Carried, Closing, pick
 
 if TYPE_CHECKING:
     from llm.models.config import ModelConfig
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
         weakness="Segments run one after another; what the few vectors drop is lost; training needs a curriculum.",
     ),
 )
-class RMTConfig(SegmentConfig):
+class RMTConfig(RecurrentConfig):
     """Recurrent Memory Transformer (RMT) and, with `retrieval`, RMT-R.
 
     retrieval: the inner model also reads n_memory vectors that attend to the memories of all past segments (one head);
@@ -79,7 +80,7 @@ class RMTConfig(SegmentConfig):
         return cls(n_memory=0)
 
 
-class RMT(Segmented):
+class RMT(Recurrent):
     """memory [m, D]; q, k, v, out [D -> D] of the retrieval."""
 
     def __init__(self, config: RMTConfig, inner: Any, model: ModelConfig) -> None:
@@ -121,15 +122,13 @@ class RMT(Segmented):
         output = self.inner(x, seq, state=state)
         return output, None if at is None else pick(output.hidden, at)
 
-    def close(
-        self, carried: Carried, written: Any, first: Tensor | bool, state: SegmentState | None, rows: Tensor | None
-    ) -> Carried:
+    def close(self, carried: Carried, written: Any, first: Tensor | bool, closing: Closing | None) -> Carried:
         if self.memory is None:
             return {}
         if not self.retrieval:
             return {"memory": written}
         keys, values = self.k(written), self.v(written)
-        if state is None:
+        if closing is None:
             keys, values = torch.cat([carried["keys"], keys], dim=1), torch.cat([carried["values"], values], dim=1)
             return {
                 "memory": written,
@@ -137,9 +136,10 @@ class RMT(Segmented):
                 "keys": keys,
                 "values": values,
             }
-        assert rows is not None and isinstance(state.log, KVState)
-        all_keys, all_values, positions = state.log.append(keys[:, :, None], values[:, :, None], self.n_memory * rows)
-        seen = positions < state.log.end()[:, None]
+        log = closing.log
+        assert isinstance(log, KVState)
+        all_keys, all_values, positions = log.append(keys[:, :, None], values[:, :, None], self.n_memory * closing.rows)
+        seen = positions < log.end()[:, None]
         keys, values = all_keys[:, :, 0].to(written.dtype), all_values[:, :, 0].to(written.dtype)
         return {"memory": written, "retrieved": self._retrieve(written, keys, values, seen)}
 
@@ -150,24 +150,20 @@ class RMT(Segmented):
             scores = scores.masked_fill(~seen[:, None], float("-inf"))
         return self.out(torch.softmax(scores, dim=-1) @ values)
 
-    def make_log(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def new_log(
+        self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[DecodeState | None, int]:
         if not self.retrieval:
             return None, 0
         n_segments = -(-capacity // (self.settings.segment or capacity))
         log = KVState(batch, self.n_memory * n_segments, 1, self.d_model, dtype=dtype, device=device)
-        with torch.no_grad():
-            begun = self.start(batch, torch.empty(0, dtype=dtype, device=device))
-            log.append(begun["keys"][:, :, None], begun["values"][:, :, None])
+        begun = super().new_carried(batch, dtype=dtype, device=device)
+        log.append(begun["keys"][:, :, None], begun["values"][:, :, None])
         return log, self.n_memory
 
-    def new_state(
-        self, batch: int, capacity: int, *, n_tentative: int = 0, dtype: torch.dtype, device: torch.device | str
-    ) -> DecodeState:
-        state = super().new_state(batch, capacity, n_tentative=n_tentative, dtype=dtype, device=device)
-        assert isinstance(state, SegmentState)
-        for name in ("keys", "values"):
-            state.lanes[0].carried.pop(name, None)
-        return state
+    def new_carried(self, batch: int, *, dtype: torch.dtype, device: torch.device | str) -> Carried:
+        begun = super().new_carried(batch, dtype=dtype, device=device)
+        return {name: tensor for name, tensor in begun.items() if name in ("memory", "retrieved")}
 
 
 def memory_init(model: ModelConfig) -> Init:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm.models.wrappers.armt import ARMTConfig
+from llm.models.wrappers.fit import FITConfig
 from llm.models.wrappers.loop import LoopConfig
 from llm.models.wrappers.rmt import RMTConfig
 from llm.parallel.plan import ParallelPlan, plan_for
@@ -21,3 +22,8 @@ def _rmt(config: RMTConfig) -> ParallelPlan:
 @plan_for(ARMTConfig)
 def _armt(config: ARMTConfig) -> ParallelPlan:
     return ParallelPlan(tp={"memories.*": "replicate"})
+
+
+@plan_for(FITConfig)
+def _fit(config: FITConfig) -> ParallelPlan:
+    return ParallelPlan(tp=dict.fromkeys(("reads.*", "writes.*", "latent_layers.*"), "replicate"))
