@@ -30,7 +30,7 @@ def test_exemptions() -> None:
     run_exemptions(WRAPPER_CHECKS, ENTRIES)
 
 
-@pytest.mark.parametrize(("wrapper", "mixer"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("wrapper", "mixer"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_wraps_every_mixer(wrapper: str, mixer: str) -> None:
     """One training step, then decoding as forward does, also with rows that are at different places of their segments
     and with drafts; what does not fit says so when it is built."""
