@@ -118,6 +118,9 @@ def page(kind: str) -> str:
     lines += [" · ".join(f"[{entry.name}](#{entry.name})" for entry in registry.entries()), ""]
     for entry in registry.entries():
         lines += section(kind, entry)
+    if registry.refusals():
+        lines += ["## Not offered", ""]
+        lines += [f"- `{name}`: {reason}." for name, reason in registry.refusals().items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -87,6 +87,20 @@ class LearnedPositionConfig(PositionConfig):
         return Cost(params=max_seq_len * d_model, active_params=d_model)
 
 
+def positions_within(seq: SeqInfo, longest: int, what: str) -> Tensor:
+    """Positions [B, T], 0 at padding, for a table of `longest` rows that is called `what`; UserError beyond its end,
+    where looking costs nothing."""
+    positions = seq.positions if seq.valid is None else torch.where(seq.valid, seq.positions, 0)
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
+        needed = int(positions.max()) + 1
+        if needed > longest:
+            raise UserError(
+                f"a sequence of {needed} tokens is longer than {what} of {longest}; shorten it or train a model with a "
+                "larger model.max_seq_len"
+            )
+    return positions
+
+
 class LearnedPosition(PositionEncoding):
     """weight [max_seq_len, D]."""
 

@@ -55,6 +55,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
         self._aliases: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
 
     def register(
         self,
@@ -94,6 +95,8 @@ class Registry(Generic[T]):
             message = f"{self.kind} {name!r} is now called {self._aliases[name]!r}; the old name will go"
             warnings.warn(message, FutureWarning, stacklevel=2)
         found = self._entries.get(self._aliases.get(name, name))
+        if found is None and name in self._refused:
+            raise UserError(f"{self.kind} {name!r} is not offered: {self._refused[name]}")
         if found is None:
             raise UserError(unknown_name(self.kind, name, self._entries))
         return found
@@ -109,6 +112,17 @@ class Registry(Generic[T]):
     def entries(self) -> list[Entry[T]]:
         """All entries, sorted by name."""
         return [self._entries[name] for name in self.names()]
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Make known why a published part cannot be offered here; asking for it raises UserError with the reason, a
+        phrase that says what to take instead."""
+        if name in self._entries or name in self._aliases or name in self._refused:
+            raise ValueError(f"{self.kind} {name!r} is known already")
+        self._refused[name] = reason
+
+    def refusals(self) -> dict[str, str]:
+        """Name -> reason of the parts that are not offered."""
+        return dict(sorted(self._refused.items()))
 
     def unregister(self, name: str) -> None:
         """Remove an entry; for tests that register a part of their own."""

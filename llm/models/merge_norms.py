@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm.blocks.channels.activator import Activator
 from llm.blocks.channels.gated import GatedChannel
 from llm.blocks.channels.mlp import MLP
 from llm.blocks.linears.dense import DenseLinear
@@ -20,6 +21,7 @@ READERS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("q", "k", "v"),
     SimplifiedLinearAttention: ("q", "k", "v"),
     GatedChannel: ("gate", "up"),
+    Activator: ("gate", "up"),
     MLP: ("up",),
 }
 """Parts that read their input through these linear layers alone."""

@@ -33,17 +33,17 @@ from llm.core.state import CompositeState, DecodeState, KVState, WindowState, va
     about=About(
         equation="y_t = softmax attention over t, t − δ, …, t − (w − 1) δ and the document's first g tokens; δ by head",
         use="Long contexts in linear time and constant memory, where what matters is near or at the start.",
-        weakness="Nothing between the window and the global tokens is seen but through depth; with g = 0 and δ = 1 it is "
-        "attention with a window.",
+        weakness="Nothing between the window and the global tokens is seen but through depth; with g = 0 and δ = 1 it "
+        "is attention with a window.",
     ),
 )
 class LongformerConfig(MixerConfig):
     """Sliding-window attention with dilation and global tokens.
 
     window: keys per query, itself among them. dilations: distances between them, one for each group of n_heads /
-    len(dilations) heads. n_global: the first tokens of a document, which every later one sees. global_projections: those
-    tokens' own attention has query, key and value projections of its own; in a causal model it concerns no other token,
-    and packed rows pay for it at every one. bias: on all projections.
+    len(dilations) heads. n_global: the first tokens of a document, which every later one sees. global_projections:
+    those tokens' own attention has query, key and value projections of its own; in a causal model it concerns no other
+    token, and packed rows pay for it at every one. bias: on all projections.
     """
 
     n_heads: int = Field(ge=1)
@@ -132,10 +132,10 @@ class Longformer(TokenMixer):
         q, k, v = self._project(x, seq, self.q, self.k, self.v)
         documents = seq.document_ids() if seq.packed else None
         n_groups = len(self.config.dilations)
-        split = [y.chunk(n_groups, dim=2) for y in (q, k, v)]
+        split = zip(*(y.chunk(n_groups, dim=2) for y in (q, k, v)))
         parts = [
-            _dilated(*qkv, self.config.window, dilation, documents, self.scale)
-            for dilation, *qkv in zip(self.config.dilations, *split)
+            _dilated(*group, self.config.window, dilation, documents, self.scale)
+            for dilation, group in zip(self.config.dilations, split)
         ]
         o, lse = torch.cat([o for o, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
         if self.config.n_global:
@@ -153,8 +153,8 @@ class Longformer(TokenMixer):
         return _attend(scores, values, seen)
 
     def _first_scores(self, q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo) -> tuple[Tensor, Tensor]:
-        """Scores [B, H, T, g] of the document's first g tokens (or fewer, in a shorter row) and their values, [B, g, H, d]
-        or, for packed rows, [B, T, g, H, d]."""
+        """Scores [B, H, T, g] of the document's first g tokens (or fewer, in a shorter row) and their values,
+        [B, g, H, d] or, for packed rows, [B, T, g, H, d]."""
         n_global = min(self.config.n_global, k.shape[1])
         if not seq.packed:
             return torch.einsum("bthd,bghd->bhtg", q, k[:, :n_global]) * self.scale, v[:, :n_global]

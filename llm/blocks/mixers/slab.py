@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from llm.blocks.base import MIXERS, BuildCtx, MixerConfig, TokenMixer
 from llm.blocks.feature_attention import Factors, FeatureAttention, feature_cost, head_width, to_heads
 from llm.blocks.linears.dense import project
+from llm.blocks.positions import positions_within
 from llm.blocks.short_conv import ShortConvolution
 from llm.core.cost import Cost, Dims, Mode
-from llm.core.errors import UserError
 from llm.core.init import Init, constant
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
@@ -108,7 +108,9 @@ class SimplifiedLinearAttention(FeatureAttention):
     def features(self, x: Tensor, seq: SeqInfo) -> Factors:
         q, k, v = project(x, self.q, self.k, self.v)
         if self.key_position is not None:
-            k = k + F.embedding(_within(seq, self.key_position.shape[0]), self.key_position)
+            k = k + F.embedding(
+                positions_within(seq, self.key_position.shape[0], "the table of key positions"), self.key_position
+            )
         return {"q": F.relu(to_heads(q, self.d_head)), "k": F.relu(to_heads(k, self.d_head)),
                 "v": to_heads(v, self.d_head)}  # fmt: skip
 
@@ -135,16 +137,3 @@ class SimplifiedLinearAttention(FeatureAttention):
 
     def init_spec(self) -> dict[str, Init]:
         return {"key_position": constant(0.0)}
-
-
-def _within(seq: SeqInfo, longest: int) -> Tensor:
-    """Positions [B, T], 0 at padding, which must lie in a table of `longest` rows."""
-    positions = seq.positions if seq.valid is None else torch.where(seq.valid, seq.positions, 0)
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
-        needed = int(positions.max()) + 1
-        if needed > longest:
-            raise UserError(
-                f"a sequence of {needed} tokens is longer than the key positions' table of {longest}; shorten it, or "
-                "train a model with a larger model.max_seq_len or with key_positions: false"
-            )
-    return positions

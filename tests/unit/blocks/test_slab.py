@@ -91,5 +91,5 @@ def test_key_positions_restart_with_documents_and_end() -> None:
     packed = m(x, SeqInfo.from_lengths([[30, 40]], T))
     alone = [m(part, SeqInfo.contiguous(1, part.shape[1])) for part in (x[:, :30], x[:, 30:])]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-10)
-    with pytest.raises(UserError, match="longer than the key positions' table of 128"):
+    with pytest.raises(UserError, match="longer than the table of key positions of 128"):
         m(inputs(), SeqInfo.contiguous(B, T, start=100))

@@ -92,3 +92,15 @@ def test_unregister_undoes_everything() -> None:
     assert registry.names() == []
     registry.register("softmax", tiny=lambda: 0, paper="-")(attention)
     assert registry.get("softmax") is attention
+
+
+def test_a_refused_name_says_why() -> None:
+    registry, _ = _filled()
+    registry.refuse("linformer", "it is not causal; take attention")
+    with pytest.raises(UserError, match="mixer 'linformer' is not offered: it is not causal; take attention"):
+        registry.get("linformer")
+    assert registry.refusals() == {"linformer": "it is not causal; take attention"}
+    assert "linformer" not in registry.names()
+    for taken in ("linformer", "attention", "softmax"):
+        with pytest.raises(ValueError, match="known already"):
+            registry.refuse(taken, "no")
