@@ -19,6 +19,8 @@ def banded_attention(
     *,
     scale: float = 1.0,
     self_score: float | None = None,
+    slopes: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, N, H, V] in the dtype of v, log-sum-exp of the visible scores [B, N, H], at least fp32)."""
     n = q.shape[1]
@@ -27,16 +29,18 @@ def banded_attention(
         q, k, v = (_blocks(x, size) for x in (q, k, v))
         n_blocks = q.shape[1]
         ids = torch.zeros(1, n, dtype=torch.int64, device=q.device) if segments is None else segments
-        ids = F.pad(ids, (0, n_blocks * size - n), value=-1).unflatten(1, (-1, size))
-        before = ids
+        ids, key_ids = _by_block(ids, size, padding=-1, first=-2)
         if n_blocks > 1:
             k, v = _with_previous(k), _with_previous(v)
-            before = torch.cat([F.pad(ids, (0, 0, 1, 0), value=-2)[:, :-1], ids], dim=2)
         index = torch.arange(size, device=q.device)
         back = index[:, None] + (k.shape[2] - size) - torch.arange(k.shape[2], device=q.device)
-        seen = (back >= 0) & (back < window) & (ids[..., :, None] == before[..., None, :])
+        seen = (back >= 0) & (back < window) & (ids[..., :, None] == key_ids[..., None, :])
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = (q.transpose(2, 3) @ k.permute(0, 1, 3, 4, 2)).to(wide) * scale
+        if slopes is not None and positions is not None:
+            place, key_place = _by_block(positions, size)
+            distance = (place[..., :, None] - key_place[..., None, :])[:, :, None]
+            scores = scores - slopes.to(wide)[:, None, :, None, None] * distance
         if self_score is not None:
             scores = torch.where(back == 0, self_score, scores)
         scores = scores.masked_fill(~seen[:, :, None], HIDDEN)
@@ -58,6 +62,15 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _blocks(x: Tensor, size: int) -> Tensor:
     """[B, N, H, D] -> [B, blocks, size, H, D], padded with zeros on the right."""
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _by_block(x: Tensor, size: int, *, padding: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
+    """x [B, N] of the queries [B, blocks, size] and of the keys that each block meets, with `padding` after the end and
+    `first` before the start."""
+    x = F.pad(x, (0, -x.shape[1] % size), value=padding).unflatten(1, (-1, size))
+    if x.shape[1] == 1:
+        return x, x
+    return x, torch.cat([F.pad(x, (0, 0, 1, 0), value=first)[:, :-1], x], dim=2)
 
 
 def _with_previous(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ def banded_attention_reference(
     *,
     scale: float = 1.0,
     self_score: float | None = None,
+    slopes: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, N, H, V], log-sum-exp of the visible scores [B, N, H])."""
     n = q.shape[1]
@@ -24,6 +26,8 @@ def banded_attention_reference(
     if segments is not None:
         seen = seen & (segments[:, :, None] == segments[:, None])
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if slopes is not None and positions is not None:
+        scores = scores - slopes[..., None, None] * (positions[:, :, None] - positions[:, None])[:, None]
     if self_score is not None:
         scores = torch.where(back == 0, self_score, scores)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear_attention import linear_attention
-from llm.blocks.base import Caps, TokenMixer
+from llm.blocks.base import Caps, PositionEncoding, TokenMixer
 from llm.core.cost import Cost, Mode
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
@@ -33,6 +33,8 @@ class FeatureAttention(TokenMixer):
     d_head: int
     out: nn.Module
     eps: float = 1e-6
+    slopes: tuple[float, ...] | None = None
+    """By head: weights are multiplied by exp(-slope * distance), as a bias -slope * distance on scores does (ALiBi)."""
 
     def features(self, x: Tensor, seq: SeqInfo) -> Factors:
         """q, k [B, T, H, K] (features) and v [B, T, H, V] of x [B, T, D], at least fp32."""
@@ -86,15 +88,21 @@ class FeatureAttention(TokenMixer):
         self, factors: Factors, before: Factors, *, starts: Tensor | None, valid: Tensor | None
     ) -> tuple[Tensor, Factors]:
         """(sums [B, T, H, V + 1], the state after the last real token) from the state `before`, empty at the start."""
-        sums, s = linear_attention(
-            factors["q"], factors["k"], with_ones(factors["v"]), None, starts, before.get("s"), valid, CHUNK
-        )
+        q, k, v = factors["q"], factors["k"], with_ones(factors["v"])
+        decay = None if self.slopes is None else -torch.tensor(self.slopes, dtype=q.dtype, device=q.device)
+        sums, s = linear_attention(q, k, v, decay, starts, before.get("s"), valid, CHUNK)
         return sums, {"s": s}
 
     def replay(self, before: Factors, factors: Factors, counts: Tensor) -> Factors:
         """The state after the first counts[b] tokens, whose keys and values are given."""
         valid = torch.arange(factors["k"].shape[1], device=counts.device) < counts[:, None]
         return self.scan({**factors, "q": torch.zeros_like(factors["k"])}, before, starts=None, valid=valid)[1]
+
+
+def slopes_of(position: PositionEncoding, n_heads: int) -> tuple[float, ...] | None:
+    """What a position encoding asks for as a bias on the scores of each head."""
+    slopes = position.slopes(n_heads)
+    return None if slopes is None else tuple(slopes.tolist())
 
 
 def with_ones(v: Tensor) -> Tensor:

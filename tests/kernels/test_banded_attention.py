@@ -22,12 +22,15 @@ def segments_of(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 23, 40])
 @pytest.mark.parametrize("window", [1, 5, 8, 64])
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"self_score": -1e4}])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"self_score": -1e4}, {"slopes": [0.5, 0.1, 0.0]}])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_equals_the_reference(n: int, window: int, options: dict[str, Any], segmented: bool) -> None:
     leaves = inputs(n)
     segments = segments_of(n) if segmented else None
     outcomes = []
+    if options.get("slopes"):
+        where = {"slopes": torch.tensor([options["slopes"]]).double(), "positions": (7 * torch.arange(n) % 50)[None]}
+        options = {**where, "positions": where["positions"].expand(2, n)}
     for run in (banded_attention, banded_attention_reference):
         o, lse = run(*leaves, window, segments, **options)
         weights = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)

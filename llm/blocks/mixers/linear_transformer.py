@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from llm.blocks.base import MIXERS, BuildCtx, Caps, MixerConfig, TokenMixer
-from llm.blocks.feature_attention import Factors, FeatureAttention, feature_cost, head_width, to_heads
+from llm.blocks.feature_attention import Factors, FeatureAttention, feature_cost, head_width, slopes_of, to_heads
 from llm.blocks.linears.dense import project
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.registry import About
@@ -27,7 +27,7 @@ from llm.core.seq import SeqInfo
     ),
 )
 class LinearTransformerConfig(MixerConfig):
-    """Linear attention with elu(x) + 1; rotary positions, where the model has them, turn q and k before the map."""
+    """Linear attention with elu(x) + 1; rotary positions turn q and k before the map, ALiBi makes weights decay."""
 
     n_heads: int = Field(ge=1)
     d_head: int | None = Field(None, ge=1)
@@ -60,6 +60,7 @@ class LinearTransformer(FeatureAttention):
         self.out = ctx.linear(inner, ctx.d_model, role="mixer.out", bias=config.bias)
         self.position = ctx.position()
         self.position.for_heads(self.d_head)
+        self.slopes = slopes_of(self.position, self.n_heads)
 
     def prepare(self, seq: SeqInfo, dtype: torch.dtype) -> None:
         self.position.prepare(seq, torch.promote_types(dtype, torch.float32))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kernels.banded_attention import banded_attention, merge
 from kernels.banded_attention.blocked import HIDDEN
-from llm.blocks.base import MIXERS, BuildCtx, Caps, MixerConfig, PositionEncoding, TokenMixer
-from llm.blocks.feature_attention import head_width
+from llm.blocks.base import MIXERS, BuildCtx, Caps, MixerConfig, TokenMixer
+from llm.blocks.feature_attention import head_width, slopes_of
 from llm.blocks.linears.dense import project
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
@@ -118,7 +118,7 @@ class Longformer(TokenMixer):
         self.out = ctx.linear(inner, ctx.d_model, role="mixer.out", bias=config.bias)
         self.position = ctx.position()
         self.position.for_heads(self.d_head)
-        refuse_slopes(config.type, self.position, config.n_heads)
+        self.slopes = slopes_of(self.position, config.n_heads)
 
     def prepare(self, seq: SeqInfo, dtype: torch.dtype) -> None:
         self.position.prepare(seq, torch.promote_types(dtype, torch.float32))
@@ -131,11 +131,15 @@ class Longformer(TokenMixer):
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         q, k, v = self._project(x, seq, self.q, self.k, self.v)
         documents = seq.document_ids() if seq.packed else None
-        n_groups = len(self.config.dilations)
-        split = zip(*(y.chunk(n_groups, dim=2) for y in (q, k, v)))
+        groups = zip(*(y.chunk(len(self.config.dilations), dim=2) for y in (q, k, v)))
+        slopes = (
+            [None] * len(self.config.dilations)
+            if self.slopes is None
+            else self._slopes(x).chunk(len(self.config.dilations), dim=1)
+        )
         parts = [
-            _dilated(*group, self.config.window, dilation, documents, self.scale)
-            for dilation, group in zip(self.config.dilations, split)
+            _dilated(query, key, value, self.config.window, dilation, documents, seq.positions, self.scale, slope)
+            for dilation, (query, key, value), slope in zip(self.config.dilations, groups, slopes)
         ]
         o, lse = torch.cat([o for o, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
         if self.config.n_global:
@@ -148,6 +152,7 @@ class Longformer(TokenMixer):
         """Attention to the first tokens of each document, where they lie outside the query's window."""
         near = self._near(seq.positions[:, :, None] - torch.arange(self.config.n_global, device=q.device))
         scores, values = self._first_scores(q, k, v, seq)
+        scores = self._biased(scores, seq.positions[:, :, None] - torch.arange(scores.shape[-1], device=q.device))
         before = seq.positions[:, :, None] >= torch.arange(self.config.n_global, device=q.device)
         seen = before[:, None, :, : scores.shape[-1]] & ~near[..., : scores.shape[-1]]
         return _attend(scores, values, seen)
@@ -172,10 +177,21 @@ class Longformer(TokenMixer):
             part, own = x[:, :n_global], SeqInfo(seq.positions[:, :n_global])
         q, k, v = self._project(part, own, self.q_global, self.k_global, self.v_global)
         scores, values = self._first_scores(q, k, v, own)
-        seen = own.positions[:, :, None] >= torch.arange(scores.shape[-1], device=x.device)
-        fresh, _ = _attend(scores, values, seen[:, None])
+        distance = own.positions[:, :, None] - torch.arange(scores.shape[-1], device=x.device)
+        fresh, _ = _attend(self._biased(scores, distance), values, (distance >= 0)[:, None])
         fresh = F.pad(fresh, (0, 0, 0, 0, 0, x.shape[1] - fresh.shape[1]))
         return torch.where((seq.positions < self.config.n_global)[..., None, None], fresh.to(o.dtype), o)
+
+    def _slopes(self, like: Tensor) -> Tensor:
+        """[1, H]"""
+        return torch.tensor([self.slopes], dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+    def _biased(self, scores: Tensor, distance: Tensor) -> Tensor:
+        """scores [B, H, T, S] less each head's slope times the distance [B, T, S]."""
+        if self.slopes is None:
+            return scores
+        slopes = self._slopes(scores)
+        return scores.to(slopes.dtype) - slopes[..., None, None] * distance[:, None]
 
     def _near(self, distance: Tensor) -> Tensor:
         """Which of the distances [B, T, S] >= 0 lie in each head's window, [B, H, T, S]."""
@@ -198,6 +214,7 @@ class Longformer(TokenMixer):
             keys, values, positions = held.append(k, v, counts)
             scores = torch.einsum("bthd,bshd->bhts", q, keys.to(q.dtype)) * self.scale
             distance = seq.positions[:, :, None] - positions[:, None]
+            scores = self._biased(scores, distance)
             first = (positions < n_global)[:, None, None]
             seen = first if name == "global" else self._near(distance) | first
             seen = seen & ((distance >= 0) & (positions >= 0)[:, None])[:, None]
@@ -229,11 +246,19 @@ class Longformer(TokenMixer):
 
 
 def _dilated(
-    q: Tensor, k: Tensor, v: Tensor, window: int, dilation: int, documents: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    dilation: int,
+    documents: Tensor | None,
+    positions: Tensor,
+    scale: float,
+    slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, d], log-sum-exp [B, T, H]) over every dilation-th token back, `window` of them."""
     if dilation == 1:
-        return banded_attention(q, k, v, window, documents, scale=scale)
+        return banded_attention(q, k, v, window, documents, scale=scale, slopes=slopes, positions=positions)
     batch, length = q.shape[:2]
 
     def apart(x: Tensor, value: float = 0) -> Tensor:
@@ -242,7 +267,9 @@ def _dilated(
         return x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)
 
     segments = None if documents is None else apart(documents, -1)
-    o, lse = banded_attention(apart(q), apart(k), apart(v), window, segments, scale=scale)
+    o, lse = banded_attention(
+        apart(q), apart(k), apart(v), window, segments, scale=scale, slopes=slopes, positions=apart(positions)
+    )
 
     def together(x: Tensor) -> Tensor:
         return x.unflatten(0, (batch, dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
@@ -258,9 +285,3 @@ def _attend(scores: Tensor, values: Tensor, seen: Tensor) -> tuple[Tensor, Tenso
     weights = scores.softmax(-1).to(values.dtype)
     o = torch.einsum("bhts,bshd->bthd" if values.dim() == 4 else "bhts,btshd->bthd", weights, values)
     return o, scores.logsumexp(-1).transpose(1, 2)
-
-
-def refuse_slopes(name: str, position: PositionEncoding, n_heads: int) -> None:
-    """UserError for a position encoding that is a bias on scores (ALiBi), which a mixer cannot honour."""
-    if position.slopes(n_heads) is not None:
-        raise UserError(f"{name}: it takes no bias on scores (position alibi); use rope, learned, sinusoidal or none")

@@ -17,6 +17,7 @@ from llm.blocks.feature_attention import (
     FeatureAttention,
     feature_cost,
     head_width,
+    slopes_of,
     to_heads,
     with_ones,
 )
@@ -101,6 +102,7 @@ class Performer(FeatureAttention):
         self.out = ctx.linear(inner, ctx.d_model, role="mixer.out", bias=config.bias)
         self.position = ctx.position()
         self.position.for_heads(self.d_head)
+        self.slopes = slopes_of(self.position, self.n_heads)
         self.register_buffer("directions", torch.empty(self.d_feature, self.d_head))
 
     def prepare(self, seq: SeqInfo, dtype: torch.dtype) -> None:
@@ -128,13 +130,23 @@ class Performer(FeatureAttention):
         if valid is not None:
             peaks = torch.where(valid[..., None], peaks, FLOOR)
         first = torch.full_like(peaks[:, :1], FLOOR) if not before else before["top"][:, None].to(peaks.dtype) + FLOOR
-        tops = torch.maximum(running_max(peaks, starts), first)
+        tops = self._tops(peaks, first, starts, valid)
         log_decay = torch.cat([first, tops[:, :-1]], dim=1) - tops
+        if self.slopes is not None:
+            log_decay = log_decay - log_decay.new_tensor(self.slopes)
         if starts is not None:
             log_decay = torch.where(starts[..., None], 0.0, log_decay)
         keys = (log_k - tops[..., None]).exp()
         sums, s = linear_attention(factors["q"], keys, with_ones(v), log_decay, starts, before.get("s"), valid, CHUNK)
         return sums, {"s": s, "top": tops[:, -1] - FLOOR}
+
+    def _tops(self, peaks: Tensor, first: Tensor, starts: Tensor | None, valid: Tensor | None) -> Tensor:
+        """[B, T, H] the largest feature of any key so far, as much as it still weighs, and at least FLOOR."""
+        if self.slopes is None:
+            return torch.maximum(running_max(peaks, starts), first)
+        steps = torch.ones_like(peaks[..., :1]) if valid is None else valid[..., None].to(peaks.dtype)
+        fallen = steps.cumsum(1) * peaks.new_tensor(self.slopes)
+        return (torch.maximum(running_max(peaks + fallen, starts), first) - fallen).clamp(min=FLOOR)
 
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:

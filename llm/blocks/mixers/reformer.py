@@ -14,9 +14,8 @@ from torch import Tensor
 from kernels.banded_attention import banded_attention, merge
 from kernels.banded_attention.blocked import HIDDEN
 from llm.blocks.base import MIXERS, BuildCtx, Caps, MixerConfig, TokenMixer
-from llm.blocks.feature_attention import head_width
+from llm.blocks.feature_attention import head_width, slopes_of
 from llm.blocks.linears.dense import project
-from llm.blocks.mixers.longformer import refuse_slopes
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
 from llm.core.init import Init, normal
@@ -126,7 +125,7 @@ class Reformer(TokenMixer):
         self.out = ctx.linear(inner, ctx.d_model, role="mixer.out", bias=config.bias)
         self.position = ctx.position()
         self.position.for_heads(self.d_head)
-        refuse_slopes(config.type, self.position, config.n_heads)
+        self.slopes = slopes_of(self.position, config.n_heads)
         self.register_buffer("rotations", torch.empty(config.n_hashes, self.d_head, config.n_buckets // 2))
 
     def prepare(self, seq: SeqInfo, dtype: torch.dtype) -> None:
@@ -164,14 +163,24 @@ class Reformer(TokenMixer):
             rows = y.transpose(1, 2).flatten(0, 1).repeat(self.config.n_hashes, 1, 1)
             return rows.take_along_dim(order[..., None], dim=1)[:, :, None]
 
+        bias: dict[str, Tensor] = {}
+        if self.slopes is not None:
+            rows = seq.positions.repeat_interleave(q.shape[2], dim=0).repeat(self.config.n_hashes, 1)
+            bias["positions"] = rows.take_along_dim(order, dim=1)
+            bias["slopes"] = self._slopes(q).repeat(self.config.n_hashes * q.shape[0])[:, None]
+
         o, lse = banded_attention(
             sort(q), sort(k), sort(v), self.config.window, segments.take_along_dim(order, dim=1),
-            scale=self.scale, self_score=SELF,
+            scale=self.scale, self_score=SELF, **bias,
         )  # fmt: skip
         shape = (self.config.n_hashes, q.shape[0], q.shape[2])
         o = o[:, :, 0].take_along_dim(back[..., None], dim=1).unflatten(0, shape).transpose(2, 3)
         lse = lse[..., 0].take_along_dim(back, dim=1).unflatten(0, shape).transpose(2, 3)
         return merge(list(zip(o, lse)))[0]
+
+    def _slopes(self, like: Tensor) -> Tensor:
+        """[H]"""
+        return torch.tensor(self.slopes, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def prefill(self, x: Tensor, seq: SeqInfo, state: DecodeState) -> Tensor:
         assert isinstance(state, LSHState)
@@ -195,6 +204,8 @@ class Reformer(TokenMixer):
         rounds = (same & (younger <= self.config.window)).sum(1)  # [B, H, T, S]
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = torch.einsum("bthd,bshd->bhts", q, normalised(k)).to(wide) * self.scale
+        if self.slopes is not None:
+            scores = scores - self._slopes(q)[:, None, None] * back[:, 0]
         scores = torch.where(back[:, 0] == 0, SELF, scores) + rounds.to(wide).log()
         weights = scores.clamp(min=HIDDEN).softmax(-1).to(v.dtype)
         return torch.einsum("bhts,bshd->bthd", weights, v)

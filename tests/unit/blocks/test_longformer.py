@@ -11,7 +11,7 @@ from torch import Tensor
 from llm.blocks.mixers.attention import AttentionConfig
 from llm.blocks.mixers.longformer import LongformerConfig
 from llm.blocks.positions import AlibiConfig
-from llm.core.errors import UserError
+from llm.blocks.rope import RopeConfig
 from llm.core.seq import SeqInfo
 from tests.unit.blocks.helpers import context, ready
 
@@ -24,16 +24,21 @@ def inputs(seed: int = 0) -> Tensor:
 
 
 def mixer(**changes: Any) -> Any:
-    return ready(LongformerConfig(**({"n_heads": 4} | changes)).build(context()))
+    position = changes.pop("position", RopeConfig())
+    return ready(LongformerConfig(**({"n_heads": 4} | changes)).build(context(position_config=position)))
 
 
 @pytest.mark.parametrize("seq", [SeqInfo.contiguous(B, T), PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize("position", [RopeConfig(), AlibiConfig()], ids=["rope", "alibi"])
 @pytest.mark.parametrize("n_global", [0, 3])
 @pytest.mark.parametrize("window", [1, 6, 64])
-def test_without_dilation_it_is_attention_with_a_window_and_sinks(seq: SeqInfo, n_global: int, window: int) -> None:
+def test_without_dilation_it_is_attention_with_a_window_and_sinks(
+    seq: SeqInfo, position: Any, n_global: int, window: int
+) -> None:
     """Values, input gradients and parameter gradients."""
-    ours = mixer(window=window, n_global=n_global)
-    theirs = ready(AttentionConfig(n_heads=4, window=window, n_sinks=n_global, backend="reference").build(context()))
+    ctx = context(position_config=position)
+    ours = ready(LongformerConfig(n_heads=4, window=window, n_global=n_global).build(ctx))
+    theirs = ready(AttentionConfig(n_heads=4, window=window, n_sinks=n_global, backend="reference").build(ctx))
     theirs.load_state_dict(ours.state_dict())
     upstream = torch.randn(B, T, D, dtype=torch.float64)
     outcomes = []
@@ -70,8 +75,10 @@ def explicit(m: Any, x: Tensor, seq: SeqInfo) -> Tensor:
                     keys = set(range(start, i + 1))
                     q_, k_, v_ = own
                 index = sorted(keys)
-                weights = (k_[b, index, h] @ q_[b, i, h] * m.scale).softmax(0)
-                out[b, i, h] = weights @ v_[b, index, h]
+                scores = k_[b, index, h] @ q_[b, i, h] * m.scale
+                if m.slopes is not None:
+                    scores = scores - m.slopes[h] * (i - torch.tensor(index, dtype=x.dtype))
+                out[b, i, h] = scores.softmax(0) @ v_[b, index, h]
     return m.out(out.flatten(2))
 
 
@@ -83,6 +90,7 @@ def explicit(m: Any, x: Tensor, seq: SeqInfo) -> Tensor:
         {"window": 3, "dilations": (5,), "n_global": 2},
         {"window": 3, "dilations": (1, 2, 4, 8), "n_global": 4, "global_projections": True},
         {"window": 50, "n_global": 50, "global_projections": True},
+        {"window": 3, "dilations": (1, 2), "n_global": 2, "global_projections": True, "position": AlibiConfig()},
     ],
 )
 def test_equals_the_definition(changes: dict[str, Any], seq: SeqInfo) -> None:
@@ -108,8 +116,3 @@ def test_memory_does_not_grow_with_the_context() -> None:
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mixer(**changes)
-
-
-def test_a_bias_on_scores_is_refused() -> None:
-    with pytest.raises(UserError, match="takes no bias on scores"):
-        LongformerConfig(n_heads=4).build(context(position_config=AlibiConfig()))

@@ -13,6 +13,8 @@ from torch import Tensor
 from llm.blocks.mixers.attention import AttentionConfig
 from llm.blocks.mixers.linear_transformer import LinearTransformerConfig
 from llm.blocks.mixers.performer import FLOOR, PerformerConfig, orthogonal_directions, running_max
+from llm.blocks.positions import AlibiConfig
+from llm.blocks.rope import RopeConfig
 from llm.core.progress import Progress, before_step
 from llm.core.seq import SeqInfo
 from tests.unit.blocks.helpers import context, ready
@@ -22,11 +24,19 @@ SEQ = SeqInfo.contiguous(B, T)
 
 
 def performer(**changes: Any) -> Any:
-    return ready(PerformerConfig(n_heads=H, **changes).build(context(max_seq_len=128)))
+    position = changes.pop("position", RopeConfig())
+    return ready(PerformerConfig(n_heads=H, **changes).build(context(max_seq_len=128, position_config=position)))
 
 
 def inputs(seed: int = 0) -> Tensor:
     return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def alibi_factors(m: Any) -> Tensor:
+    """[H, T, T] exp(-slope * distance), or 1."""
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    slopes = torch.tensor(m.slopes or [0.0] * H, dtype=torch.float64)
+    return (-slopes[:, None, None] * distance.clamp(min=0)).exp()
 
 
 def test_directions_are_orthogonal_with_gaussian_lengths() -> None:
@@ -62,19 +72,28 @@ def test_features_estimate_the_softmax_kernel_without_bias() -> None:
     assert float(orthogonal.var()) < 0.95 * float(independent.var())
 
 
+@pytest.mark.parametrize("position", [RopeConfig(), AlibiConfig()], ids=["rope", "alibi"])
 @pytest.mark.parametrize("starts", [None, [[30, 40], [1, 9, 60]]])
-def test_equals_the_square_form(starts: Any) -> None:
-    """Softmax replaced by the estimate, without any scaling of features, in every document."""
-    m, x = performer(), inputs()
+def test_equals_the_square_form(starts: Any, position: Any) -> None:
+    """Softmax replaced by the estimate, without any scaling of features, in every document; then by steps."""
+    m, x = performer(position=position), inputs()
     seq = SEQ if starts is None else SeqInfo.from_lengths(starts, T)
     q, k, v = (f(x).unflatten(-1, (H, -1)) for f in (m.q, m.k, m.v))
     q, k = m.position.at_qk(q, k, seq)
     q, k = (m.log_features(y * m.d_head**-0.25).exp() for y in (q, k))
     same = (seq.document_ids()[:, :, None] == seq.document_ids()[:, None]).tril()
-    weights = torch.einsum("bthm,bshm->bhts", q, k) * same[:, None]
+    weights = torch.einsum("bthm,bshm->bhts", q, k) * same[:, None] * alibi_factors(m)
     weights = weights / weights.sum(-1, keepdim=True)
-    wanted = m.out(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+    wanted = m.out(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2)).detach()
     torch.testing.assert_close(m(x, seq), wanted, rtol=0, atol=1e-9)
+    if starts is None:
+        state = m.new_state(B, T, dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            parts = [
+                m.prefill(x[:, a:b], SeqInfo.contiguous(B, b - a, start=a), state)
+                for a, b in ((0, 30), (30, 31), (31, 32), (32, 70))
+            ]
+        torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=0, atol=1e-9)
 
 
 def test_error_against_softmax_attention_falls_as_one_over_root_m() -> None:
@@ -146,11 +165,12 @@ def test_redraws_depend_on_seed_and_step_alone() -> None:
     assert not torch.equal(other_seed.directions, seen[25]) and torch.equal(never.directions, initial)
 
 
-def test_linear_transformer_equals_the_square_form() -> None:
-    m = ready(LinearTransformerConfig(n_heads=H).build(context(max_seq_len=128)))
+@pytest.mark.parametrize("position", [RopeConfig(), AlibiConfig()], ids=["rope", "alibi"])
+def test_linear_transformer_equals_the_square_form(position: Any) -> None:
+    m = ready(LinearTransformerConfig(n_heads=H).build(context(max_seq_len=128, position_config=position)))
     x = inputs()
     q, k, v = (f(x).unflatten(-1, (H, -1)) for f in (m.q, m.k, m.v))
     q, k = (F.elu(y) + 1 for y in m.position.at_qk(q, k, SEQ))
-    weights = torch.einsum("bthd,bshd->bhts", q, k).tril()
+    weights = torch.einsum("bthd,bshd->bhts", q, k).tril() * alibi_factors(m)
     wanted = torch.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdim=True), v)
     torch.testing.assert_close(m(x, SEQ), m.out(wanted.flatten(2)), rtol=0, atol=1e-5)

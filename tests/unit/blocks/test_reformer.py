@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llm.blocks.mixers.reformer import Reformer, ReformerConfig, normalised
-from llm.blocks.positions import NoPositionConfig
+from llm.blocks.positions import AlibiConfig, NoPositionConfig
+from llm.blocks.rope import RopeConfig
 from llm.core.seq import SeqInfo
 from tests.unit.blocks.helpers import context, ready
 
@@ -24,13 +25,15 @@ def inputs(seed: int = 0) -> Tensor:
 
 
 def mixer(**changes: Any) -> Any:
+    position = changes.pop("position", NoPositionConfig())
     config = ReformerConfig(**({"n_heads": H, "n_buckets": 4, "n_hashes": 3, "window": 6} | changes))
-    return ready(config.build(context(position_config=NoPositionConfig())))
+    return ready(config.build(context(position_config=position)))
 
 
 def explicit(m: Reformer, x: Tensor, seq: SeqInfo) -> Tensor:
     """Heads' outputs, token by token: rounds apart, joined by their log-sum-exps."""
     q, v = (f(x).unflatten(-1, (H, -1)) for f in (m.qk, m.v))
+    q, _ = m.position.at_qk(q, q, seq)
     k = q / q.norm(dim=-1, keepdim=True)
     out = torch.zeros_like(v)
     for b in range(B):
@@ -44,6 +47,8 @@ def explicit(m: Reformer, x: Tensor, seq: SeqInfo) -> Tensor:
                     keys = [j for j in range(start, i + 1) if bucket[j] == bucket[i]][-m.config.window :]
                     others = [j for j in keys if j != i]
                     scores = k[b, others, h] @ q[b, i, h] / math.sqrt(q.shape[-1])
+                    if m.slopes is not None:
+                        scores = scores - m.slopes[h] * (i - torch.tensor(others, dtype=x.dtype))
                     rounds.append((scores, others))
                 scores = torch.cat([s for s, _ in rounds])
                 index = [j for _, others in rounds for j in others]
@@ -58,7 +63,16 @@ def explicit(m: Reformer, x: Tensor, seq: SeqInfo) -> Tensor:
 
 
 @pytest.mark.parametrize("seq", [WHOLE, PACKED], ids=["whole", "packed"])
-@pytest.mark.parametrize("changes", [{}, {"n_hashes": 1, "window": 3}, {"n_buckets": 16, "window": 50}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_hashes": 1, "window": 3},
+        {"n_buckets": 16, "window": 50},
+        {"position": AlibiConfig()},
+        {"position": RopeConfig()},
+    ],
+)
 def test_equals_the_definition(changes: dict[str, Any], seq: SeqInfo) -> None:
     m, x = mixer(**changes), inputs()
     with torch.no_grad():
