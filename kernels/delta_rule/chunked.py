@@ -105,11 +105,11 @@ def _chunked(
 
     s = v.new_zeros(batch, heads, d_key, d_value, dtype=wide) if state is None else state.to(wide)
     before, updates = [], []
-    for n in range(n_chunks):
+    # unbind, since the gradient of an index would fill all chunks
+    for new, read, write, kept in zip(*(parts.unbind(1) for parts in (written, of_state, to_end, whole))):
         before.append(s.to(low))
-        update = (written[:, n] - of_state[:, n] @ before[n]).to(low)
-        updates.append(update)
-        s = whole[:, n] * s + to_end[:, n] @ update
+        updates.append((new - read @ before[-1]).to(low))
+        s = kept * s + write @ updates[-1]
     scores = ((q @ keys) * decays.within).to(low)
     y = (q @ torch.stack(before, dim=1)) * from_start + scores @ torch.stack(updates, dim=1)
     return y.to(low).transpose(2, 3).flatten(1, 2)[:, :length], s

@@ -92,9 +92,9 @@ def _chunked(
     carried = decays.grouped(decays.whole, groups)[:, :, :, None, :, None].expand(-1, n_chunks, -1, 1, repeats, d_value)
     carried = carried.flatten(-2)
     before = []
-    for n in range(n_chunks):
+    for kept, new in zip(carried.unbind(1), added.unbind(1)):  # the gradient of an index would fill all chunks
         before.append(s)
-        s = carried[:, n] * s + added[:, n]
+        s = kept * s + new
     read = q @ torch.stack(before, dim=1).to(q.dtype)
     from_start = decays.grouped(decays.from_start, groups).permute(0, 1, 2, 4, 3)[..., None]
     y = read.unflatten(-1, (repeats, d_value)) * from_start

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llm.core.cost import Cost
 from llm.core.init import Init, constant, uniform
@@ -38,8 +39,10 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         """Whole documents, x [B, T, C] -> [B, T, C]."""
-        history = F.pad(x, (0, 0, self.width - 1, 0))
-        return self._convolve(history, seq.positions if seq.packed else None)
+        positions = seq.positions if seq.packed else None
+        if torch.compiler.is_compiling():
+            return self._convolve(F.pad(x, (0, 0, self.width - 1, 0)), positions)
+        return _Convolve.apply(x, self.weight, self.bias, positions, self.activation)
 
     def extend(self, x: Tensor, seq: SeqInfo, state: ConvState) -> Tensor:
         """The tokens after those in `state`, which is advanced by the real ones: x [B, T, C] -> [B, T, C]."""
@@ -54,7 +57,7 @@ class ShortConvolution(nn.Module):
     def _convolve(self, history: Tensor, positions: Tensor | None) -> Tensor:
         """history [B, width - 1 + T, C], positions [B, T] where a row may hold several documents -> [B, T, C].
 
-        Shifted multiply-adds: faster than torch's depthwise convolution on a CPU, and one fused pass when compiled.
+        Shifted multiply-adds: one fused pass when compiled.
         """
         past = self.width - 1
         length = history.shape[1] - past
@@ -69,6 +72,54 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(wide)
         return (F.silu(y) if self.activation == "silu" else y).to(history.dtype)
+
+
+class _Convolve(torch.autograd.Function):
+    """`ShortConvolution.forward` for eager code: half the time of torch's depthwise convolution on a CPU, and nothing
+    but the input and what goes into the activation is kept for the backward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, activation: str | None
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inputs, taps = x.to(wide), weight[:, 0].t().to(wide)
+        past = taps.shape[0] - 1
+        y = inputs * taps[past]
+        for back in range(1, min(past + 1, x.shape[1])):
+            y[:, back:].addcmul_(_from_before(inputs, positions, back), taps[past - back])
+        if bias is not None:
+            y += bias.to(wide)
+        ctx.save_for_backward(x, weight, positions, y.to(x.dtype) if activation == "silu" else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, positions, before = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inputs, taps, grad = x.to(wide), weight[:, 0].t().to(wide), grad.to(wide)
+        if before is not None:
+            grad = torch.ops.aten.silu_backward(grad, before.to(wide))
+        past = taps.shape[0] - 1
+        d_taps = torch.zeros_like(taps)
+        d_taps[past] = (grad * inputs).sum((0, 1))
+        d_x = grad * taps[past]
+        for back in range(1, min(past + 1, x.shape[1])):
+            later = grad[:, back:]
+            if positions is not None:
+                later = torch.where((positions[:, back:] >= back)[..., None], later, 0.0)
+            d_taps[past - back] = (later * inputs[:, :-back]).sum((0, 1))
+            d_x[:, :-back].addcmul_(later, taps[past - back])
+        d_bias = None if ctx.bias_dtype is None else grad.sum((0, 1)).to(ctx.bias_dtype)
+        return d_x.to(x.dtype), d_taps.t()[:, None].to(weight.dtype), d_bias, None, None
+
+
+def _from_before(x: Tensor, positions: Tensor | None, back: int) -> Tensor:
+    """x [B, T, C] -> [B, T - back, C]: what the tokens from `back` on see that many places before them."""
+    earlier = x[:, :-back]
+    return earlier if positions is None else torch.where((positions[:, back:] >= back)[..., None], earlier, 0.0)
 
 
 def short_conv_cost(channels: int, width: int, bias: bool, state_dtype_bytes: int) -> Cost:
