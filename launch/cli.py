@@ -24,6 +24,7 @@ _SUMMARIES = {
     "export": "write a trained model for Hugging Face transformers, and read one",
     "estimate": "parameters, FLOPs, state and memory of a config, without hardware",
     "bench": "measure speed, one JSON line each",
+    "compare": "train and measure several architectures, one table and plots",
 }
 
 

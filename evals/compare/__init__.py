@@ -1,0 +1,1 @@
+"""The bake-off: candidates trained with the same tokens in the same order, measured, and put into one table."""

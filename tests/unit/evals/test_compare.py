@@ -1,0 +1,107 @@
+"""The bake-off: widths that match, runs that are not repeated, a candidate that fails, the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.compare import runs as compare_runs
+from evals.compare.config import CompareConfig, MeasureConfig
+from evals.compare.measure import measure
+from evals.compare.report import plots, summarise, table
+from evals.compare.solve import solve
+from llm.config.yaml_io import dump_yaml
+from llm.core.errors import UserError
+from tests.unit.generate.runs import prepare_data
+
+BLOCK = {"mixer": {"type": "attention", "n_heads": 2}, "channel": {"type": "swiglu", "d_hidden": 64}}
+CANDIDATES: dict[str, Any] = {
+    "attention": {},
+    "window": {"block": {"mixer": {"window": 8}}},
+    "mlp": {"block": {"channel": {"type": "mlp"}}},
+    "retention": {"block": {"mixer": {"type": "retention", "n_heads": 2}}},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [f"def function_{i}(x):\n    return x + {i}\n" * 6 for i in range(20)]
+    return prepare_data(tmp_path_factory.mktemp("data"), texts)
+
+
+def comparison(folder: Path, data: Path, **changes: Any) -> CompareConfig:
+    base = folder / "base.yaml"
+    tree = {
+        "name": "base",
+        "model": {"d_model": 32, "max_seq_len": 32, "layers": [{"pattern": [BLOCK], "repeat": 2}]},
+        "data": {"path": str(data), "seq_len": 16},
+        "train": {"tokens": 256, "batch_tokens": 64, "micro_batch_size": 2, "precision": "fp32"},
+        "eval": {"batches": 2},
+    }
+    base.write_text(dump_yaml(tree))
+    measured = {"lengths": [8], "contexts": [8], "batch_tokens": 16, "seconds": 0.01}
+    given: dict[str, Any] = {"name": "c", "base": str(base), "candidates": CANDIDATES, "runs_dir": str(folder / "runs")}
+    return CompareConfig.model_validate(given | {"measure": measured, "match": {"step": 4}} | changes)
+
+
+@pytest.mark.parametrize("what", ["params", "active_params", "flops"])
+def test_widths_match(tmp_path: Path, data: Path, what: str) -> None:
+    for found in solve(comparison(tmp_path, data, match={"what": what, "step": 4}), 257):
+        assert abs(found.mismatch) < 0.03, (found.name, found.mismatch)
+        built = found.model.build("meta")
+        if what == "params":
+            blocks = sum(p.numel() for _, block in built.blocks() for p in block.parameters())
+            assert blocks == found.reached
+    target = 100_000
+    for found in solve(comparison(tmp_path, data, match={"what": what, "step": 4, "target": target}), 257):
+        assert abs(found.mismatch) < 0.05, (found.name, found.mismatch)
+
+
+def test_nothing_is_matched_on_request(tmp_path: Path, data: Path) -> None:
+    found = solve(comparison(tmp_path, data, match={"what": "none"}), 257)
+    assert [one.model.d_model for one in found] == [32] * 4 and all(one.mismatch == 0.0 for one in found)
+
+
+def test_a_wrong_candidate_is_named(tmp_path: Path, data: Path) -> None:
+    wrong = {"attention": {}, "odd": {"block": {"mixer": {"n_headz": 3}}}}
+    with pytest.raises(UserError, match="candidate odd: .*n_headz"):
+        solve(comparison(tmp_path, data, candidates=wrong), 257)
+
+
+def test_candidates_see_the_same_data(tmp_path: Path, data: Path) -> None:
+    config = comparison(tmp_path, data)
+    configs = [compare_runs.run_config(config, found, 1) for found in solve(config, 257)]
+    assert len({run.model.to_dict().__repr__() for run in configs}) == 4
+    assert len({repr((run.data, run.train, run.seed, run.schedule)) for run in configs}) == 1
+
+
+@pytest.mark.slow
+def test_whole_comparison(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {name: CANDIDATES[name] for name in ("attention", "window")}
+    broken = {"mlp": {"optim": {"lr": 1e30}, "block": {"channel": {"type": "mlp"}}}}
+    config = comparison(tmp_path, data, candidates=two | broken, run={"train": {"anomaly": {"policy": "stop"}}})
+    candidates = solve(config, 257)
+    lines: list[str] = []
+    runs = compare_runs.train_all(config, candidates, lines.append)
+    assert {(run.candidate, run.seed) for run in runs if run.error is None} == {
+        (name, seed) for name in two for seed in (0, 1)
+    }
+    assert all(run.error for run in runs if run.candidate == "mlp"), "a diverging candidate must be reported"
+    again: list[str] = []
+    compare_runs.train_all(config, [found for found in candidates if found.name in two], again.append)
+    assert again == [], "finished runs are not trained again"
+    measured = {found.name: measure(found.model, config.measure) for found in candidates}
+    result = summarise(config, candidates, runs, measured)
+    text = table(result)
+    assert "`window`" in text and "±" in text and "failed: " in text and "256 tokens in 4 steps" in text
+    assert len(plots(result, tmp_path)) == 6
+
+
+def test_measure_grows_with_attention_alone(tmp_path: Path, data: Path) -> None:
+    settings = MeasureConfig(lengths=[8], contexts=[8, 64], batch_tokens=16, seconds=0.01)
+    found = {one.name: measure(one.model, settings) for one in solve(comparison(tmp_path, data), 257)}
+    assert found["attention"]["state_bytes"][64] == 8 * found["attention"]["state_bytes"][8]
+    assert found["retention"]["state_bytes"][64] == found["retention"]["state_bytes"][8]
+    assert all(value > 0 for one in found.values() for value in one["decode_seconds"].values())
