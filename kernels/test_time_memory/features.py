@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,18 +24,25 @@ def n_features(kind: FeatureMap, width: int, sketch: int = 0) -> int:
     return math.comb(width + DEGREE[kind], DEGREE[kind])
 
 
+def n_monomials(width: int, degree: int) -> int:
+    """Monomials of exactly this degree."""
+    return math.comb(width + degree - 1, degree)
+
+
 def monomials(width: int, degree: int) -> Tensor:
     """[N, degree] int64: the indices whose product is each monomial of exactly this degree, in order."""
-    return torch.tensor(list(itertools.combinations_with_replacement(range(width), degree)), dtype=torch.int64)
+    return torch.combinations(torch.arange(width), degree, with_replacement=True)
 
 
 def n_orders(width: int, degree: int) -> Tensor:
     """[N] int64: in how many orders the indices of each monomial can stand, degree! / prod beta!."""
-    counts = []
-    for indices in itertools.combinations_with_replacement(range(width), degree):
-        repeats = math.prod(math.factorial(indices.count(i)) for i in set(indices))
-        counts.append(math.factorial(degree) // repeats)
-    return torch.tensor(counts, dtype=torch.int64)
+    indices = monomials(width, degree)
+    orders = torch.full((len(indices),), math.factorial(degree), dtype=torch.int64)
+    run = torch.ones_like(orders)
+    for place in range(1, degree):
+        run = torch.where(indices[:, place] == indices[:, place - 1], run + 1, 1)
+        orders = orders // run
+    return orders
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Features:
     """The tensors of a feature map; x [B, H, ..., T, d] -> phi(x) [B, H, ..., T, D].
 
     projection [H, r, d] or None: taken first. scale [H, n]: per degree, with phi(q) . phi(k) = sum over degrees i of
-    scale_i^2 (q . k)^i (for a sketch: degrees 0, 1 and the sketched one, the last in expectation).
+    scale_i^2 (q . k)^i / i! (for a sketch: degrees 0, 1 and the sketched one, the last in expectation).
     tables: per degree from 2 on (indices [N, i], orders [N]). sketches: per doubling [2, n, r] Gaussian.
     normal: every phi(x) has unit norm.
     """
@@ -67,12 +73,12 @@ class Features:
             product = x.index_select(-1, indices[:, 0])
             for place in range(1, indices.shape[1]):
                 product = product * x.index_select(-1, indices[:, place])
-            parts.append(product * orders.to(x.dtype).sqrt())
+            parts.append(product * (orders.to(x.dtype) / math.factorial(indices.shape[1])).sqrt())
         if self.sketches:
             y = x
             for first, second in (sketch.to(x.dtype).unbind() for sketch in self.sketches):
                 y = (y @ first) * (y @ second) * first.shape[1] ** -0.5
-            parts.append(y)
+            parts.append(y * math.factorial(DEGREE[self.kind]) ** -0.5)
         assert self.scale is not None and self.scale.shape[1] == len(parts)
         scale = self.scale.reshape(self.scale.shape[0], *(1,) * (x.dim() - 3), -1)
         lifted = torch.cat([part * scale[..., i : i + 1] for i, part in enumerate(parts)], dim=-1)
