@@ -222,22 +222,6 @@ def answer(
     return u if outer.norm is None else outer.norm(u)
 
 
-def exact_factors(
-    form: Form, state: MemoryState, z: Tensor, v: Tensor, log_alpha: Tensor | None, co: Coefficients
-) -> tuple[Weights, Weights]:
-    """Factors of the gradients that each token takes at the memory before it: a triangular system.
-
-    co: what each token meets before it is written.
-    """
-    query = z
-    if form.decayed and log_alpha is not None:
-        query = z * (log_alpha.exp() if co.vector else log_alpha.exp()[..., None])
-    start = from_state(query, state.memory[0], state.momentum[0] if state.momentum else None, co) - v
-    system = scores(query, z, co)
-    errors = torch.linalg.solve_triangular(system, start, upper=False, unitriangular=True)
-    return (z,), (errors,)
-
-
 def final_state(state: MemoryState, inputs: Weights, errors: Weights, co: Coefficients) -> MemoryState:
     """The state after the block (its anchor as before)."""
     memory, momentum = [], []
@@ -270,51 +254,85 @@ def _placed(weight: Tensor, like: Tensor) -> Tensor:
     return weight[:, None]
 
 
+class Prepared(NamedTuple):
+    """What of a block does not depend on the memory, so that it is computed for all blocks at once.
+
+    z, z_read: lifted keys and queries. exact_query: keys as the memory before each token meets them. co: after each
+    token's write; seen: what a read meets; before: in front of each write, with `exact`. same: as in `coefficients`.
+    """
+
+    z: Tensor
+    z_read: Tensor | None
+    v: Tensor
+    co: Coefficients
+    seen: Coefficients
+    before: Coefficients | None = None
+    exact_query: Tensor | None = None
+    same: Tensor | None = None
+
+
+def prepare(form: Form, outer: Outer, block: Block, same: Tensor | None = None) -> Prepared:
+    """All that can be computed before the memory is known."""
+    z = outer.lift(block.k)
+    co = coefficients(form, block, same)
+    before = before_write(co, same) if form.exact or (form.pre and form.optimizer != "muon") else None
+    query, log_alpha = z, block.gates.log_alpha
+    if form.decayed and log_alpha is not None:
+        query = z * (log_alpha.exp() if co.vector else log_alpha.exp()[..., None])
+    return Prepared(
+        z,
+        None if block.q is None else outer.lift(block.q),
+        block.v,
+        co,
+        before if form.pre and before is not None else co,
+        before if form.exact else None,
+        query if form.exact else None,
+        same,
+    )
+
+
+def factors(form: Form, outer: Outer, state: MemoryState, block: Prepared) -> tuple[Weights, Weights]:
+    """(inputs, errors) of the gradients of all tokens, per weight."""
+    if not form.exact:
+        anchor = state.memory if state.anchor is None else state.anchor
+        return gradient_factors(form, anchor, block.z, block.v, outer.norm)
+    assert block.before is not None and block.exact_query is not None
+    momentum = state.momentum[0] if state.momentum else None
+    start = from_state(block.exact_query, state.memory[0], momentum, block.before) - block.v
+    system = scores(block.exact_query, block.z, block.before)
+    return (block.z,), (torch.linalg.solve_triangular(system, start, upper=False, unitriangular=True),)
+
+
 def run_block(
-    form: Form, outer: Outer, state: MemoryState, block: Block, complete: Tensor | None = None
+    form: Form, outer: Outer, state: MemoryState, block: Block | Prepared, complete: Tensor | None = None
 ) -> tuple[Tensor | None, MemoryState]:
     """(y [..., b, d_v] or None where nothing is read, the state after the block).
 
     complete [B] bool: rows whose block of the document ends here; None: all.
     """
-    z = outer.lift(block.k)
-    z_read = None if block.q is None else outer.lift(block.q)
-    co = coefficients(form, block)
+    if isinstance(block, Block):
+        block = prepare(form, outer, block)
+    inputs, errors = factors(form, outer, state, block)
     if form.muon_block:
-        return _run_muon_block(form, outer, state, block, z, z_read, co, complete)
-    log_alpha = block.gates.log_alpha
-    if form.exact:
-        inputs, errors = exact_factors(form, state, z, block.v, log_alpha, before_write(co))
-    else:
-        anchor = state.memory if state.anchor is None else state.anchor
-        inputs, errors = gradient_factors(form, anchor, z, block.v, outer.norm)
+        return _run_muon_block(form, outer, state, block, inputs, errors, complete)
     if form.optimizer == "muon":
-        y, after = run_muon(form, outer, state, z_read, inputs, errors, co)
+        y, after = run_muon(form, outer, state, block, inputs, errors)
     else:
-        seen = before_write(co) if form.pre else co
-        y = None if z_read is None else answer(form, outer, state, z_read, inputs, errors, seen)
-        after = final_state(state, inputs, errors, co)
+        y = None if block.z_read is None else answer(form, outer, state, block.z_read, inputs, errors, block.seen)
+        after = final_state(state, inputs, errors, block.co)
     if state.anchor is not None:
         assert complete is not None
         ended = complete[:, None, None, None]
-        after = after._replace(
-            anchor=tuple(torch.where(ended, new, old) for new, old in zip(after.memory, state.anchor))
-        )
+        moved = tuple(torch.where(ended, new, old) for new, old in zip(after.memory, state.anchor))
+        after = after._replace(anchor=moved)
     return y, after
 
 
 def run_muon(
-    form: Form,
-    outer: Outer,
-    state: MemoryState,
-    z: Tensor | None,
-    inputs: Weights,
-    errors: Weights,
-    co: Coefficients,
-    same: Tensor | None = None,
+    form: Form, outer: Outer, state: MemoryState, block: Prepared, inputs: Weights, errors: Weights
 ) -> tuple[Tensor | None, MemoryState]:
     """A Newton-Schulz for every token: the weights after each are held, [..., b, m, n]."""
-    each, momentum = [], []
+    co, each, momentum = block.co, [], []
     for index, weight in enumerate(state.memory):
         weight = _placed(weight, errors[index])
         old = _placed(state.momentum[index], errors[index]) if state.momentum else None
@@ -323,11 +341,11 @@ def run_muon(
         each.append(co.keep[..., None, None] * weight[..., None, :, :] + moved)
         momentum.append(last)
     after = state._replace(memory=tuple(w[..., -1, :, :] for w in each), momentum=tuple(momentum))
-    if z is None:
+    if block.z_read is None:
         return None, after
     if form.pre:
-        each = [_before(w, _placed(weight, z), same) for weight, w in zip(state.memory, each)]
-    return recall(form, tuple(each), z[..., None, :], outer.norm)[..., 0, :], after
+        each = [_before(w, _placed(weight, block.z), block.same) for weight, w in zip(state.memory, each)]
+    return recall(form, tuple(each), block.z_read[..., None, :], outer.norm)[..., 0, :], after
 
 
 def _before(each: Tensor, start: Tensor, same: Tensor | None) -> Tensor:
@@ -355,32 +373,38 @@ def _run_muon_block(
     form: Form,
     outer: Outer,
     state: MemoryState,
-    block: Block,
-    z: Tensor,
-    z_read: Tensor | None,
-    co: Coefficients,
+    block: Prepared,
+    inputs: Weights,
+    errors: Weights,
     complete: Tensor | None,
 ) -> tuple[Tensor | None, MemoryState]:
     """One Newton-Schulz at the end of a block, whose tokens read the memory before it; it moves the memory as far as
     that of every token would."""
-    y = None if z_read is None else recall(form, state.memory, z_read, outer.norm)
-    inputs, errors = gradient_factors(form, state.memory, z, block.v, outer.norm)
+    y = None if block.z_read is None else recall(form, state.memory, block.z_read, outer.norm)
     momentum = []
     for index in range(form.n_weights):
         old = _placed(state.momentum[index], errors[index]) if state.momentum else None
-        momentum.append(_final_momentum(old, inputs[index], errors[index], co))
-    keep, push = co.keep[..., -1], co.write[..., -1, :].sum(-1)
+        momentum.append(_final_momentum(old, inputs[index], errors[index], block.co))
+    keep, push = block.co.keep[..., -1], block.co.write[..., -1, :].sum(-1)
     if state.keep is not None and state.push is not None:
         keep, push = keep * state.keep, keep * state.push + push
-    memory = []
-    for old, s in zip(state.memory, momentum):
-        moved = keep[..., None, None] * _placed(old, s) + push[..., None, None] * newton_schulz(
-            s, form.ns_steps, form.ns_table
+    memory = state.memory
+    if complete is None or not _nobody(complete):
+        steps = (newton_schulz(s, form.ns_steps, form.ns_table) for s in momentum)
+        placed = [_placed(old, s) for old, s in zip(memory, momentum)]
+        moved = [keep[..., None, None] * old + push[..., None, None] * step for old, step in zip(placed, steps)]
+        memory = tuple(
+            new if complete is None else torch.where(complete[:, None, None, None], new, old)
+            for new, old in zip(moved, memory)
         )
-        memory.append(moved if complete is None else torch.where(complete[:, None, None, None], moved, old))
-    after = state._replace(memory=tuple(memory), momentum=tuple(momentum))
+    after = state._replace(memory=memory, momentum=tuple(momentum))
     if state.keep is None:
         return y, after
     assert complete is not None
     ended = complete[:, None]
     return y, after._replace(keep=torch.where(ended, 1.0, keep), push=torch.where(ended, 0.0, push))
+
+
+def _nobody(complete: Tensor) -> bool:
+    """Whether no row is complete, where looking costs nothing: on an accelerator it would wait for the device."""
+    return complete.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(complete.any())

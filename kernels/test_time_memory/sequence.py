@@ -1,12 +1,13 @@
 """Whole sequences, block by block: one document per row, packed documents, and rows that go on from a decode state.
 
-Blocks are counted from the start of each document. Shapes: q, k [B, H, T, d], v [B, H, T, d_v], gates [B, H, T, ...].
+Blocks are counted from the start of each document. Shapes: q, k [B, H, T, d], v [B, H, T, d_v], gates [B, H, T, ...];
+G blocks side by side are [B, H, G, b, ...].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.test_time_memory.block import (
     Block,
-    Coefficients,
     Gates,
     MemoryState,
     Outer,
     answer,
-    before_write,
-    coefficients,
-    exact_factors,
+    factors,
     last_tokens,
+    prepare,
     run_block,
     run_muon,
 )
@@ -38,10 +37,57 @@ class Tokens(NamedTuple):
     v: Tensor
     gates: Gates
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
-        """fn applied to every tensor."""
-        gates = Gates(*(None if g is None else fn(g) for g in self.gates))
-        return Tokens(None if self.q is None else fn(self.q), fn(self.k), fn(self.v), gates)
+
+def each_tensor(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested tuples with fn applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if not isinstance(tree, tuple):
+        return tree
+    parts = [each_tensor(part, fn) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def pieces_of(tree: Any, n_pieces: int) -> list[Any]:
+    """One tree per piece of tensors [B, H, G, ...]. Views by one `unbind`, whose gradient is linear in G."""
+    if isinstance(tree, Tensor):
+        return list(tree.unbind(2))
+    if not isinstance(tree, tuple) or not tree:
+        return [tree] * n_pieces
+    rows = zip(*(pieces_of(part, n_pieces) for part in tree))
+    return [type(tree)(*row) for row in rows] if hasattr(tree, "_fields") else list(rows)
+
+
+def _pad_time(x: Tensor, before: int, behind: int) -> Tensor:
+    """x [B, H, T, ...] with zeros in front and behind."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 3), before, behind)) if before or behind else x
+
+
+def _windows(x: Tensor, size: int, step: int) -> Tensor:
+    """x [B, H, T, ...] -> [B, H, G, size, ...], one window at every `step` tokens."""
+    if size == step:
+        return x.unflatten(2, (-1, step))
+    return x.unfold(2, size, step).movedim(-1, 3)
+
+
+class _Scan:
+    """Runs the blocks of one sequence after another."""
+
+    def __init__(self, form: Form, outer: Outer, blocks: Block, recompute: bool) -> None:
+        self.form, self.outer = form, outer
+        self.again = recompute and torch.is_grad_enabled()
+        n_pieces = blocks.k.shape[2]
+        self.pieces = pieces_of(blocks if self.again else prepare(form, outer, blocks), n_pieces)
+
+    def __call__(self, piece: int, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """(y [B, H, b, d_v], the state after it)."""
+        block = self.pieces[piece]
+        if self.again:
+            y, after = checkpoint(run_block, self.form, self.outer, state, block, use_reentrant=False)
+        else:
+            y, after = run_block(self.form, self.outer, state, block)
+        assert y is not None
+        return y, after
 
 
 def run_document(
@@ -49,24 +95,26 @@ def run_document(
 ) -> tuple[Tensor, MemoryState]:
     """One document per row, from its start: (y [B, H, T, d_v], the last state). recompute: hold no more than the states
     between blocks for the backward pass."""
-    n_tokens, outputs = tokens.k.shape[2], []
-    for start in range(0, n_tokens, form.block):
-        end = min(start + form.block, n_tokens)
-        first = max(0, start - form.window + 1)
-        here = tokens.map(lambda x, start=start, end=end: x[:, :, start:end])
-        block = Block(here.q, tokens.k[:, :, first:end], tokens.v[:, :, first:end], here.gates)
-        y, state = _run(form, outer, state, block, recompute)
+    n_tokens, halo = tokens.k.shape[2], form.window - 1
+    b = min(form.block, n_tokens)
+    spare = -n_tokens % b
+    at = torch.arange(-halo, n_tokens + spare, device=tokens.k.device)[None, None]
+    real = _windows((at >= 0) & (at < n_tokens), b + halo, b) if halo or spare else None
+    steps = None if real is None or not spare else real[..., halo:]
+
+    def cut(x: Tensor) -> Tensor:
+        return _windows(_pad_time(x, 0, spare), b, b)
+
+    def with_halo(x: Tensor) -> Tensor:
+        return _windows(_pad_time(x, halo, spare), b + halo, b)
+
+    q, gates = each_tensor((tokens.q, tokens.gates), cut)
+    scan = _Scan(form, outer, Block(q, with_halo(tokens.k), with_halo(tokens.v), gates, steps, real), recompute)
+    outputs = []
+    for piece in range(len(scan.pieces)):
+        y, state = scan(piece, state)
         outputs.append(y)
-    return torch.cat(outputs, dim=2), state
-
-
-def _run(form: Form, outer: Outer, state: MemoryState, block: Block, recompute: bool) -> tuple[Tensor, MemoryState]:
-    if recompute and torch.is_grad_enabled():
-        y, after = checkpoint(run_block, form, outer, state, block, use_reentrant=False)
-    else:
-        y, after = run_block(form, outer, state, block)
-    assert y is not None
-    return y, after
+    return torch.cat(outputs, dim=2)[:, :, :n_tokens], state
 
 
 class Packing(NamedTuple):
@@ -110,15 +158,16 @@ def run_packed(
     if n_pieces == 1:
         return y_first
     openings = _gathered(tokens._replace(q=None), document, packing.opening, packing.has_opening, b, 0)
-    opened = _opened(form, outer, initial, openings)
+    opened = pieces_of(_opened(form, outer, initial, openings), n_pieces)
     later = _gathered(tokens, document, packing.later, packing.has_later, b, form.window - 1)
-    state = _at_piece(opened, 0)
+    scan = _Scan(form, outer, later, recompute)
+    state: MemoryState = opened[0]
     outputs = []
     for piece in range(1, n_pieces):
-        y, after = _run(form, outer, state, _block_at(later, piece), recompute)
+        y, after = scan(piece, state)
         outputs.append(y)
         fresh = packing.has_opening[:, piece, None, None, None]
-        started = _at_piece(opened, piece)
+        started = opened[piece]
         state = MemoryState(*(_choose(fresh, new, old) for new, old in zip(started[:2], after[:2])))
     y_later = torch.cat(outputs, dim=2)
     begin = torch.arange(positions.shape[1], device=positions.device) - positions % b
@@ -135,41 +184,37 @@ def _first_blocks(form: Form, outer: Outer, initial: Weights, tokens: Tokens, do
     state = MemoryState(initial)
     if form.muon_block:
         return recall(form, initial, outer.lift(tokens.q), outer.norm)
-    spare = -n_tokens % b
-    z, z_read = outer.lift(tokens.k), outer.lift(tokens.q)
 
     def windows(x: Tensor) -> Tensor:
-        """[B, H, T, ...] -> [B, H, G, 2 b, ...]"""
-        trailing = (0, 0) * (x.dim() - 3)
-        return F.pad(x, (*trailing, b, spare)).unfold(2, 2 * b, b).movedim(-1, 3)
+        return _windows(_pad_time(x, b, -n_tokens % b), 2 * b, b)
 
     documents = windows(document[:, None])
     same = (documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None, :]
-    gates = Gates(*(None if gate is None else windows(gate) for gate in tokens.gates))
-    block = Block(None, windows(z), windows(tokens.v), gates, steps=documents > 0)
-    co = coefficients(form, block, same)
+    lifted = tokens._replace(q=outer.lift(tokens.q), k=outer.lift(tokens.k))
+    block = Block(*each_tensor(lifted, windows), documents > 0)
+    prepared = prepare(form, Outer(_as_is, outer.norm), block, same)
     if form.exact:
-        inputs, errors = exact_factors(form, state, block.k, block.v, gates.log_alpha, before_write(co, same))
+        inputs, errors = factors(form, outer, state, prepared)
     else:
-        found = gradient_factors(form, initial, z, tokens.v, outer.norm)
-        inputs, errors = (tuple(windows(x) for x in group) for group in found)
-    z_read = windows(z_read)
-    if form.optimizer == "muon":
-        outputs = []
-        for piece in range(same.shape[2]):
-            part = Coefficients(*(x[:, :, piece] if isinstance(x, Tensor) else x for x in co))
-            found = ((x[:, :, piece] for x in group) for group in (inputs, errors))
-            y, _ = run_muon(form, outer, state, z_read[:, :, piece], *map(tuple, found), part, same[:, :, piece])
-            assert y is not None
-            outputs.append(y[:, :, -b:])
-        return torch.cat(outputs, dim=2)[:, :, :n_tokens]
-    co = last_tokens(before_write(co, same) if form.pre else co, b)
-    y = answer(form, outer, state, z_read[:, :, :, -b:], inputs, errors, co)
-    return y.flatten(2, 3)[:, :, :n_tokens]
+        inputs, errors = each_tensor(gradient_factors(form, initial, lifted.k, tokens.v, outer.norm), windows)
+    if form.optimizer != "muon":
+        assert prepared.z_read is not None
+        seen = last_tokens(prepared.seen, b)
+        y = answer(form, outer, state, prepared.z_read[:, :, :, -b:], inputs, errors, seen).flatten(2, 3)
+        return y[:, :, :n_tokens]
+    outputs = []
+    for part, own_inputs, own_errors in pieces_of((prepared, inputs, errors), same.shape[2]):
+        y, _ = run_muon(form, outer, state, part, own_inputs, own_errors)
+        outputs.append(y[:, :, -b:])
+    return torch.cat(outputs, dim=2)[:, :, :n_tokens]
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _gathered(tokens: Tokens, document: Tensor, starts: Tensor, exists: Tensor, b: int, halo: int) -> Block:
-    """The blocks of b tokens from starts [B, G] with `halo` tokens before them, leading dimensions [B, H, G]."""
+    """The blocks of b tokens from starts [B, G] with `halo` tokens before them."""
     n_tokens = document.shape[1]
     index = starts[..., None] + torch.arange(-halo, b, device=starts.device)
     inside = (index >= 0) & (index < n_tokens)
@@ -179,15 +224,16 @@ def _gathered(tokens: Tokens, document: Tensor, starts: Tensor, exists: Tensor, 
     valid = (inside & (found == own) & exists[..., None])[:, None]
 
     def take(x: Tensor, which: Tensor) -> Tensor:
-        flat = which.flatten(1)[:, None]
-        return torch.take_along_dim(x, flat.reshape(*flat.shape, *(1,) * (x.dim() - 3)), dim=2).unflatten(
-            2, which.shape[1:]
-        )
+        return _take_time(x, which.flatten(1)).unflatten(2, which.shape[1:])
 
     steps = index[..., halo:]
-    gates = Gates(*(None if gate is None else take(gate, steps) for gate in tokens.gates))
-    q = None if tokens.q is None else take(tokens.q, steps)
+    q, gates = each_tensor((tokens.q, tokens.gates), lambda x: take(x, steps))
     return Block(q, take(tokens.k, index), take(tokens.v, index), gates, valid[..., halo:], valid)
+
+
+def _take_time(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, T, ...] at index [B, N] -> [B, H, N, ...]."""
+    return torch.take_along_dim(x, index.reshape(index.shape[0], 1, -1, *(1,) * (x.dim() - 3)), dim=2)
 
 
 def _opened(form: Form, outer: Outer, initial: Weights, openings: Block) -> MemoryState:
@@ -195,21 +241,9 @@ def _opened(form: Form, outer: Outer, initial: Weights, openings: Block) -> Memo
     start = MemoryState(initial)
     if form.optimizer != "muon" or form.muon_block:
         return run_block(form, outer, start, openings)[1]
-    n_pieces = openings.k.shape[2]
-    states = [run_block(form, outer, start, _block_at(openings, piece))[1] for piece in range(n_pieces)]
+    pieces = pieces_of(openings, openings.k.shape[2])
+    states = [run_block(form, outer, start, piece)[1] for piece in pieces]
     return MemoryState(*(tuple(torch.stack(w, dim=2) for w in zip(*group)) for group in zip(*(s[:2] for s in states))))
-
-
-def _block_at(blocks: Block, piece: int) -> Block:
-    def at(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, :, piece]
-
-    q, k, v, gates, steps, keys = blocks
-    return Block(at(q), k[:, :, piece], v[:, :, piece], Gates(*map(at, gates)), at(steps), at(keys))  # type: ignore[arg-type]
-
-
-def _at_piece(states: MemoryState, piece: int) -> MemoryState:
-    return MemoryState(*(tuple(w[:, :, piece] for w in group) for group in states[:2]))
 
 
 def _choose(mask: Tensor, new: Weights, old: Weights) -> Weights:
@@ -234,35 +268,31 @@ def run_rows(
     Where blocks matter `state` has an anchor, or what replaces it for one Newton-Schulz per block.
     """
     b, n_tokens, halo = form.block, tokens.k.shape[2], form.window - 1
-    device = counts.device
     k, v = torch.cat([past.k, tokens.k], dim=2), torch.cat([past.v, tokens.v], dim=2)
-    e = torch.arange(halo + n_tokens, device=device)
-    keys = (e >= halo - past.count[:, None]) & (e < halo + counts[:, None])
+    at = torch.arange(halo + n_tokens, device=counts.device)
+    keys = (at >= halo - past.count[:, None]) & (at < halo + counts[:, None])
     real = keys[:, halo:]
-    time = e[:n_tokens]
     if not form.aligned:
         outputs = []
         for start in range(0, n_tokens, b):
-            end = min(start + b, n_tokens)
-            here = tokens.map(lambda x, start=start, end=end: x[:, :, start:end])
-            near = slice(start, end + halo)
-            steps, seen = real[:, None, start:end], keys[:, None, near]
-            block = Block(here.q, k[:, :, near], v[:, :, near], here.gates, steps, seen)
+            here, near = slice(start, start + b), slice(start, start + b + halo)
+            q, gates = each_tensor((tokens.q, tokens.gates), lambda x, here=here: x[:, :, here])
+            block = Block(q, k[:, :, near], v[:, :, near], gates, real[:, None, here], keys[:, None, near])
             y, state = run_block(form, outer, state, block)
             outputs.append(y)
         return _joined(outputs), state
-    if n_tokens <= b:
-        room = b - past.place
-        steps = real & (time < room[:, None])
-        block = Block(tokens.q, k, v, tokens.gates, steps[:, None], keys[:, None])
-        y, state = run_block(form, outer, state, block, complete=counts >= room)
-        if n_tokens > 1:
-            steps = real & (time >= room[:, None])
-            never = torch.zeros_like(counts, dtype=torch.bool)
-            rest, state = run_block(form, outer, state, block._replace(steps=steps[:, None]), complete=never)
-            y = None if y is None or rest is None else torch.where(steps[:, None, :, None], rest, y)
-        return y, state
-    return _run_grid(form, outer, state, past.place, tokens._replace(k=k, v=v), keys, counts)
+    if n_tokens > b:
+        return _run_grid(form, outer, state, past.place, tokens._replace(k=k, v=v), keys, counts)
+    room = b - past.place
+    steps = real & (at[:n_tokens] < room[:, None])
+    block = Block(tokens.q, k, v, tokens.gates, steps[:, None], keys[:, None])
+    y, state = run_block(form, outer, state, block, complete=counts >= room)
+    if n_tokens > 1:
+        steps = real & (at[:n_tokens] >= room[:, None])
+        never = torch.zeros_like(counts, dtype=torch.bool)
+        rest, state = run_block(form, outer, state, block._replace(steps=steps[:, None]), complete=never)
+        y = None if y is None or rest is None else torch.where(steps[:, None, :, None], rest, y)
+    return y, state
 
 
 def _joined(outputs: list[Tensor | None]) -> Tensor | None:
@@ -276,27 +306,20 @@ def _run_grid(
     """More tokens than a block has: rows are laid on a grid of blocks, `place` empty slots first. k, v and keys begin
     with the past."""
     b, halo = form.block, form.window - 1
-    n_tokens = tokens.gates.eta.shape[2]
-    device = counts.device
-    n_slots = (n_tokens + 2 * b - 2) // b * b
-
-    def take(x: Tensor, index: Tensor) -> Tensor:
-        index = index.clamp(0, x.shape[2] - 1)
-        return torch.take_along_dim(x, index.reshape(index.shape[0], 1, -1, *(1,) * (x.dim() - 3)), dim=2)
-
+    n_tokens, n_keys = tokens.gates.eta.shape[2], keys.shape[1]
     outputs = []
-    for start in range(0, n_slots, b):
-        index = start + torch.arange(b, device=device) - place[:, None]
-        steps = (index >= 0) & (index < counts[:, None])
-        near = start + torch.arange(b + halo, device=device) - place[:, None]
-        seen = (
-            torch.take_along_dim(keys, near.clamp(0, keys.shape[1] - 1), dim=1) & (near >= 0) & (near < keys.shape[1])
-        )
-        gates = Gates(*(None if gate is None else take(gate, index) for gate in tokens.gates))
-        q = None if tokens.q is None else take(tokens.q, index)
-        block = Block(q, take(tokens.k, near), take(tokens.v, near), gates, steps[:, None], seen[:, None])
+    for start in range(0, n_tokens + b - 1, b):
+        slot = start + torch.arange(b, device=counts.device) - place[:, None]
+        near = start + torch.arange(b + halo, device=counts.device) - place[:, None]
+        steps = (slot >= 0) & (slot < counts[:, None])
+        inside = (near >= 0) & (near < n_keys)
+        near, slot = near.clamp(0, n_keys - 1), slot.clamp(0, n_tokens - 1)
+        seen = torch.take_along_dim(keys, near, dim=1) & inside
+        q, gates = each_tensor((tokens.q, tokens.gates), lambda x, slot=slot: _take_time(x, slot))
+        k, v = _take_time(tokens.k, near), _take_time(tokens.v, near)
+        block = Block(q, k, v, gates, steps[:, None], seen[:, None])
         y, state = run_block(form, outer, state, block, complete=steps[:, -1])
         outputs.append(y)
     joined = _joined(outputs)
-    time = place[:, None] + torch.arange(n_tokens, device=device)
-    return None if joined is None else take(joined, time), state
+    time = place[:, None] + torch.arange(n_tokens, device=counts.device)
+    return None if joined is None else _take_time(joined, time), state

@@ -72,15 +72,16 @@ _SMALL = {"phi_rank": 2, "window": 3, "expansion": 2}
         "linear_attention": lambda: _tiny("linear_attention"),
         "delta_net": lambda: _tiny("delta_net", chunk=1),
         "gated_delta_net": lambda: _tiny("gated_delta_net", chunk=1, initial="learned", opt="momentum", read="pre"),
-        "ttt_linear": lambda: _tiny("ttt_linear"),
+        "ttt_linear": lambda: _tiny("ttt_linear", recompute=True),
         "vector": lambda: _tiny("linear_attention", bias="l2", retention="vector", eta="sigmoid", window=2, conv=0),
         "ttt_mlp": lambda: _tiny("ttt_mlp", retention="const_head", eta="sigmoid"),
-        "swla": lambda: _tiny("swla", phi="poly3", phi_rank=2, window=3, expansion=2),
-        "omeganet": lambda: _tiny("omeganet", **_SMALL, read="pre", recompute=True),
+        "swla": lambda: _tiny("swla", memory="gated_mlp", phi="poly3", phi_rank=2, window=3, expansion=2),
+        "omeganet": lambda: _tiny("omeganet", **_SMALL, read="pre", chunk=8),
         "sketch": lambda: _tiny("omeganet", phi="sketch4", phi_rank=None, sketch_size=6, window=2, gamma="one"),
         "atlas": lambda: _tiny("atlas", **_SMALL, ns_steps=2, chunk=8),
-        "atlas_pp": lambda: _tiny("atlas_pp", **_SMALL, ns_steps=2, chunk=8, output_gate=False, read="pre"),
-        "muon_matrix": lambda: _tiny("atlas", memory="matrix", phi="id", eta_inside=True, window=2, ns_table="lact"),
+        "muon_matrix": lambda: _tiny(
+            "atlas", memory="matrix", phi="id", eta_inside=True, window=2, ns_table="lact", chunk=8, output_gate=False
+        ),
     },
     about=About(
         equation="S_t = θ_t S_{t-1} − Σ_{j<c} γ_{t,j} ∇ℓ(M; k_{t-j}, v_{t-j}), M_t = α_t M_{t-1} + η_t NS(S_t), "
