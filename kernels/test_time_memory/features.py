@@ -50,7 +50,7 @@ class Features:
     """The tensors of a feature map; x [B, H, ..., T, d] -> phi(x) [B, H, ..., T, D].
 
     projection [H, r, d] or None: taken first. scale [H, n]: per degree, with phi(q) . phi(k) = sum over degrees i of
-    scale_i^2 (q . k)^i / i! (for a sketch: degrees 0, 1 and the sketched one, the last in expectation).
+    scale_i^2 (q . k)^i / i! (for a sketch: degrees 0, 1 and the sketched one, the last approximately).
     tables: per degree from 2 on (indices [N, i], orders [N]). sketches: per doubling [2, n, r] Gaussian.
     normal: every phi(x) has unit norm.
     """

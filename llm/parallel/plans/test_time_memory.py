@@ -1,0 +1,19 @@
+"""Plans of memories that learn while they read."""
+
+from __future__ import annotations
+
+from llm.blocks.mixers.test_time_memory import MemoryConfig
+from llm.parallel.plan import ParallelPlan, plan_for
+
+REFUSED = (
+    "Initial memories, gates and the common convolution are parameters of all heads, which no split of linears divides."
+)
+
+
+@plan_for(MemoryConfig)
+def _test_time_memory(config: MemoryConfig) -> ParallelPlan:
+    return ParallelPlan(
+        tp_refused=REFUSED,
+        fp32_params=("*.gates.bias.bias",),
+        ac_keep=frozenset({"aten.bmm", "aten.linalg_solve_triangular"}),
+    )
