@@ -7,6 +7,7 @@ G blocks side by side are [B, H, G, b, ...].
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -168,7 +169,9 @@ def run_packed(
         outputs.append(y)
         fresh = packing.has_opening[:, piece, None, None, None]
         started = opened[piece]
-        state = MemoryState(*(_choose(fresh, new, old) for new, old in zip(started[:2], after[:2])))
+        state = MemoryState(
+            _choose(fresh, started.memory, after.memory), _choose(fresh, started.momentum, after.momentum)
+        )
     y_later = torch.cat(outputs, dim=2)
     begin = torch.arange(positions.shape[1], device=positions.device) - positions % b
     index = (begin.div(b, rounding_mode="floor") - 1) * b + positions % b
@@ -191,7 +194,8 @@ def _first_blocks(form: Form, outer: Outer, initial: Weights, tokens: Tokens, do
     documents = windows(document[:, None])
     same = (documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None, :]
     lifted = tokens._replace(q=outer.lift(tokens.q), k=outer.lift(tokens.k))
-    block = Block(*each_tensor(lifted, windows), documents > 0)
+    q, k, v, gates = each_tensor(lifted, windows)
+    block = Block(q, k, v, gates, documents > 0)
     prepared = prepare(form, Outer(_as_is, outer.norm), block, same)
     if form.exact:
         inputs, errors = factors(form, outer, state, prepared)
@@ -204,8 +208,9 @@ def _first_blocks(form: Form, outer: Outer, initial: Weights, tokens: Tokens, do
         return y[:, :, :n_tokens]
     outputs = []
     for part, own_inputs, own_errors in pieces_of((prepared, inputs, errors), same.shape[2]):
-        y, _ = run_muon(form, outer, state, part, own_inputs, own_errors)
-        outputs.append(y[:, :, -b:])
+        each, _ = run_muon(form, outer, state, part, own_inputs, own_errors)
+        assert each is not None
+        outputs.append(each[:, :, -b:])
     return torch.cat(outputs, dim=2)[:, :, :n_tokens]
 
 
@@ -243,7 +248,11 @@ def _opened(form: Form, outer: Outer, initial: Weights, openings: Block) -> Memo
         return run_block(form, outer, start, openings)[1]
     pieces = pieces_of(openings, openings.k.shape[2])
     states = [run_block(form, outer, start, piece)[1] for piece in pieces]
-    return MemoryState(*(tuple(torch.stack(w, dim=2) for w in zip(*group)) for group in zip(*(s[:2] for s in states))))
+    memory, momentum = (
+        tuple(torch.stack(w, dim=2) for w in zip(*group))
+        for group in ((s.memory for s in states), (s.momentum for s in states))
+    )
+    return MemoryState(memory, momentum)
 
 
 def _choose(mask: Tensor, new: Weights, old: Weights) -> Weights:
@@ -256,7 +265,7 @@ class Past(NamedTuple):
 
     k: Tensor
     v: Tensor
-    count: Tensor
+    n_real: Tensor
     place: Tensor
 
 
@@ -270,13 +279,13 @@ def run_rows(
     b, n_tokens, halo = form.block, tokens.k.shape[2], form.window - 1
     k, v = torch.cat([past.k, tokens.k], dim=2), torch.cat([past.v, tokens.v], dim=2)
     at = torch.arange(halo + n_tokens, device=counts.device)
-    keys = (at >= halo - past.count[:, None]) & (at < halo + counts[:, None])
+    keys = (at >= halo - past.n_real[:, None]) & (at < halo + counts[:, None])
     real = keys[:, halo:]
     if not form.aligned:
         outputs = []
         for start in range(0, n_tokens, b):
             here, near = slice(start, start + b), slice(start, start + b + halo)
-            q, gates = each_tensor((tokens.q, tokens.gates), lambda x, here=here: x[:, :, here])
+            q, gates = each_tensor((tokens.q, tokens.gates), partial(_part, part=here))
             block = Block(q, k[:, :, near], v[:, :, near], gates, real[:, None, here], keys[:, None, near])
             y, state = run_block(form, outer, state, block)
             outputs.append(y)
@@ -293,6 +302,10 @@ def run_rows(
         rest, state = run_block(form, outer, state, block._replace(steps=steps[:, None]), complete=never)
         y = None if y is None or rest is None else torch.where(steps[:, None, :, None], rest, y)
     return y, state
+
+
+def _part(x: Tensor, part: slice) -> Tensor:
+    return x[:, :, part]
 
 
 def _joined(outputs: list[Tensor | None]) -> Tensor | None:
@@ -315,7 +328,7 @@ def _run_grid(
         inside = (near >= 0) & (near < n_keys)
         near, slot = near.clamp(0, n_keys - 1), slot.clamp(0, n_tokens - 1)
         seen = torch.take_along_dim(keys, near, dim=1) & inside
-        q, gates = each_tensor((tokens.q, tokens.gates), lambda x, slot=slot: _take_time(x, slot))
+        q, gates = each_tensor((tokens.q, tokens.gates), partial(_take_time, index=slot))
         k, v = _take_time(tokens.k, near), _take_time(tokens.v, near)
         block = Block(q, k, v, gates, steps[:, None], seen[:, None])
         y, state = run_block(form, outer, state, block, complete=steps[:, -1])

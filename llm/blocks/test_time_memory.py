@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ from kernels.test_time_memory import (
 )
 from kernels.test_time_memory.cost import Sizes
 from kernels.test_time_memory.features import DEGREE, monomials, n_monomials, n_orders
+from kernels.test_time_memory.sequence import each_tensor
 from llm.blocks.base import BuildCtx
 from llm.core.init import Init, computed, constant, normal
 from llm.core.seq import SeqInfo
@@ -213,8 +215,8 @@ class MemoryCore(nn.Module):
         width = self._width()
         tables: dict[str, Init] = {}
         for degree in self._degrees():
-            tables[f"monomials{degree}"] = computed(lambda degree=degree: monomials(width, degree))
-            tables[f"orders{degree}"] = computed(lambda degree=degree: n_orders(width, degree))
+            tables[f"monomials{degree}"] = computed(partial(monomials, width, degree))
+            tables[f"orders{degree}"] = computed(partial(n_orders, width, degree))
         return tables
 
     def _sketches(self) -> dict[str, tuple[int, ...]]:
@@ -378,5 +380,4 @@ class MemoryCore(nn.Module):
 
 def _heads_first(q: Tensor | None, k: Tensor, v: Tensor, gates: Gates) -> Tokens:
     """[B, T, H, ...] -> [B, H, T, ...]"""
-    turned = Gates(*(None if gate is None else gate.transpose(1, 2) for gate in gates))
-    return Tokens(None if q is None else q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), turned)
+    return each_tensor(Tokens(q, k, v, gates), lambda x: x.transpose(1, 2))
