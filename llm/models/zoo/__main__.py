@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from llm.models.config import BlockConfig, ModelConfig
-from llm.models.zoo import FACTS, Facts
+from llm.models.zoo import FACTS, OTHERS, Facts
 
 HEAD = """# Named models
 
@@ -59,6 +59,16 @@ def table() -> tuple[str, bool]:
                 cells = [f"`{name}`", said, f"{counted:,}", verdict, str(config.n_layers), f"{config.d_model:,}",
                          blocks, facts.hub or "", source]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Models that are no decoders", "", "| model | published | counted | equal | kind | source |",
+              "|---|---:|---:|---|---|---|"]  # fmt: skip
+    for name, other in OTHERS.items():
+        facts, found = other.facts, other.counted()
+        bad = wrong(facts, {"": (facts.params, found)})
+        good = good and not bad
+        source = facts.source + (f" ({facts.note})" if facts.note else "")
+        said = "" if facts.params is None else f"{facts.params:,}"
+        verdict = "" if facts.params is None else "NO" if bad else "yes"
+        lines.append(f"| `{name}` | {said} | {found:,} | {verdict} | {other.kind} | {source} |")
     return "\n".join([HEAD, *lines, ""]), good
 
 

@@ -28,3 +28,16 @@ class Facts:
     def agrees(self, published: int, counted: int) -> bool:
         """Whether a count is the published one."""
         return abs(counted - published) <= self.tolerance * published
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A published model that is no decoder. build: the module on the meta device. kind: what it is, for the table."""
+
+    build: Callable[[], Any]
+    kind: str
+    facts: Facts
+
+    def counted(self) -> int:
+        """Trainable parameters of the module."""
+        return sum(p.numel() for p in self.build().parameters())

@@ -73,7 +73,7 @@ def test_discretisation_equals_scipy(order: int, window: float) -> None:
 
 @pytest.mark.parametrize(("order", "window", "radius"), [(16, 128, 0.951), (256, 128, 0.861), (256, 2048, 0.991)])
 def test_spectral_radius_is_below_one(order: int, window: int, radius: float) -> None:
-    """The published systems forget; the values are the sheet's."""
+    """The published systems forget."""
     found = float(torch.linalg.eigvals(discretise(order, float(window))[0]).abs().max())
     assert found == pytest.approx(radius, abs=5e-4)
 

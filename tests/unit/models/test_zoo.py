@@ -11,7 +11,7 @@ import torch
 from llm.config.load import read_tree
 from llm.core.errors import UserError
 from llm.models.config import ModelConfig
-from llm.models.zoo import FACTS, VARIANTS, variant
+from llm.models.zoo import FACTS, OTHERS, VARIANTS, variant
 from llm.models.zoo.__main__ import counts, table, wrong
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
@@ -123,6 +123,12 @@ def test_a_variant_is_the_callers_own_copy() -> None:
 def test_every_variant_has_facts_and_the_page_is_current(repo_root: Path) -> None:
     assert set(FACTS) == set(VARIANTS)
     assert (repo_root / "docs" / "zoo.md").read_text() == table()[0], "run: python -m llm.models.zoo > docs/zoo.md"
+
+
+def test_models_that_are_no_decoders_have_names_of_their_own() -> None:
+    assert OTHERS and not set(OTHERS) & set(VARIANTS)
+    page, good = table()
+    assert good and all(f"| `{name}` | {other.facts.params:,} |" in page for name, other in OTHERS.items())
 
 
 MODEL_FILES = sorted((Path(__file__).resolve().parents[3] / "configs" / "model").glob("*.yaml"))
