@@ -10,6 +10,7 @@ import hashlib
 import math
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from torch import Tensor
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from llm.models.config import ModelConfig
+from llm.train.config import OptimConfig, ParamGroupConfig
+from llm.train.optim import build_optimizer
+from llm.train.strategies.common import named_tensors
 
 HELD_OUT = 16
 """One file in this many is held out, chosen by the hash of its path."""
@@ -95,29 +99,61 @@ class Fitted:
     seconds: float
 
 
-def fit(config: ModelConfig, corpus: Corpus, recipe: Recipe, seed: int) -> Fitted:
-    """Train a model from scratch. Vectors are not decayed."""
+def fit(
+    config: ModelConfig,
+    corpus: Corpus,
+    recipe: Recipe,
+    seed: int,
+    *,
+    start: dict[str, Tensor] | None = None,
+    groups: list[ParamGroupConfig] | None = None,
+) -> Fitted:
+    """Train a model, from scratch or from the parameters and buffers `start`. Vectors are not decayed.
+
+    groups: settings for some parameters, as in `optim.groups` of a run; the optimizer is then that of a run.
+    """
     model = config.build("cpu")
     initialise(model, seed)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    if start is not None:
+        live = named_tensors(model)
+        assert set(live) == set(start)
+        for name, tensor in live.items():
+            tensor.copy_(start[name])
+    step_at = _optimizer(model, recipe) if groups is None else _grouped_optimizer(model, recipe, groups)
     rng = torch.Generator().manual_seed(seed)
     losses = []
     started = time.perf_counter()
     for step in range(recipe.steps):
-        start = torch.randint(len(corpus.train) - recipe.seq_len, (recipe.batch, 1), generator=rng)
-        rows = corpus.train[start + torch.arange(recipe.seq_len + 1)].long()
+        first = torch.randint(len(corpus.train) - recipe.seq_len, (recipe.batch, 1), generator=rng)
+        rows = corpus.train[first + torch.arange(recipe.seq_len + 1)].long()
         loss = _loss(model, rows).mean()
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.step()
+        step_at(recipe.rate(step))
+        model.zero_grad()
         losses.append(loss.item())
     return Fitted(model, losses, time.perf_counter() - started)
+
+
+def _optimizer(model: Any, recipe: Recipe) -> Callable[[float], None]:
+    """A function that takes a step at a learning rate."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+
+    def step_at(rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+    return step_at
+
+
+def _grouped_optimizer(model: Any, recipe: Recipe, groups: list[ParamGroupConfig]) -> Callable[[float], None]:
+    settings = OptimConfig(lr=recipe.lr, weight_decay=recipe.weight_decay, groups=groups)
+    optimizer = build_optimizer(model, settings)
+    return lambda rate: optimizer.step(rate / recipe.lr)
 
 
 def _loss(model: Any, rows: Tensor) -> Tensor:
