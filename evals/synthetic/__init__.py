@@ -3,6 +3,6 @@
 `python -m evals.synthetic --help` trains small models on them.
 """
 
-from evals.synthetic import autoregression, induction, mqar, needle, regression, rewrite, selective_copying
+from evals.synthetic import autoregression, induction, mqar, needle, regression, remember, rewrite, selective_copying
 
-__all__ = ["autoregression", "induction", "mqar", "needle", "regression", "rewrite", "selective_copying"]
+__all__ = ["autoregression", "induction", "mqar", "needle", "regression", "remember", "rewrite", "selective_copying"]

@@ -97,11 +97,22 @@ def build(config: ModelConfig, task: TaskConfig, seed: int, device: torch.device
     return model.to(device)
 
 
-def fit(task: TaskConfig, config: ModelConfig, settings: TrainSettings, seed: int, *, label: str = "") -> Fitted:
-    """Train a model on a task; progress goes to stderr. The same arguments give the same result on the same machine."""
+def fit(
+    task: TaskConfig,
+    config: ModelConfig,
+    settings: TrainSettings,
+    seed: int,
+    *,
+    label: str = "",
+    model: nn.Module | None = None,
+) -> Fitted:
+    """Train a model on a task; progress goes to stderr. The same arguments give the same result on the same machine.
+
+    model: one of the same config, made for as long sequences, to go on with, as in a curriculum; None: a new one.
+    """
     device = _device(settings.device)
     torch.manual_seed(seed)
-    model = build(config, task, seed, device).train()
+    model = (build(config, task, seed, device) if model is None else model).train()
     optim = OptimConfig(lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
     optimizer = build_optimizer(model, optim, precision=settings.precision)
     schedule = ScheduleConfig(type="cosine", warmup_fraction=settings.warmup, min_ratio=0.1)

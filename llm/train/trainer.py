@@ -318,9 +318,13 @@ class Trainer:
             torch.cuda.set_rng_state(state.rng["cuda"], self.strategy.device)
 
     def _load_weights(self, path: Path) -> None:
-        """Start from the weights of another run or checkpoint; optimizer, data and step counter start anew."""
+        """Start from the weights of another run or checkpoint; optimizer, data and step counter start anew. What a
+        wrapper adds to the decoder may be missing, and then keeps its start values."""
         tensors = load_model_tensors(resolve_checkpoint(path))
         named = self.strategy.state()
+        model: Any = self.strategy.model
+        added = model.added_names() if hasattr(model, "added_names") else set()
+        tensors |= {name: named.model[name] for name in added if name not in tensors and name in named.model}
         wrong = [
             name
             for name in {*tensors, *named.model}
@@ -333,7 +337,8 @@ class Trainer:
                 f"shape, such as {min(wrong)}; give a run of the same model section"
             )
         for name, target in named.model.items():
-            copy_full(target, tensors[name])
+            if tensors[name] is not target:
+                copy_full(target, tensors[name])
         self.strategy.load(named)
 
     def _rollback(self) -> None:

@@ -121,3 +121,9 @@ class Wrapper(nn.Module):
     def init_names(self) -> list[str]:
         """Names of all parameters and buffers, each once."""
         return list(dict.fromkeys(name for name, _, _ in init_specs(self)))
+
+    def added_names(self) -> set[str]:
+        """Names of what this wrapper and those inside it add to the decoder: a checkpoint of the decoder has none of
+        it."""
+        inside: set[str] = self.inner.added_names() if isinstance(self.inner, Wrapper) else set()
+        return inside | (set(self.init_names()) - set(self.inner.init_names()))

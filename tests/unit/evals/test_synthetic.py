@@ -17,6 +17,7 @@ from evals.synthetic.mqar import MQAR
 from evals.synthetic.needle import ASK, FACT, Needle
 from evals.synthetic.presets import SMALL
 from evals.synthetic.regression import Regression
+from evals.synthetic.remember import PAIR, Remember
 from evals.synthetic.rewrite import Rewrite
 from evals.synthetic.selective_copying import SelectiveCopying
 from evals.synthetic.train import TrainSettings, fit, model_for
@@ -91,6 +92,8 @@ def seen(task: TokenTask, tokens: np.ndarray) -> np.ndarray:
             return np.arange(2, 12)
         case Induction():
             return np.unique(tokens)
+        case Remember():
+            return np.arange(2 + task.n_symbols, 2 + 2 * task.n_symbols)
     raise AssertionError(task)
 
 
@@ -145,6 +148,17 @@ def test_needle_stands_anywhere_once() -> None:
     assert ((found.inputs == FACT).sum(axis=1) == 3).all() and ((found.inputs == ASK).sum(axis=1) == 1).all()
     tenths = np.bincount(found.groups[:, 0], minlength=10)
     assert len(tenths) == 10 and tenths.min() > 0
+
+
+def test_remember_has_a_pair_in_each_of_the_first_segments() -> None:
+    task = Remember(length=80, n_pairs=5)
+    found = task.examples(0, "valid", 0, 400)
+    marks = found.inputs == PAIR
+    assert (marks[:, :40].reshape(400, 5, 8).sum(axis=2) == 1).all() and not marks[:, 40:].any()
+    assert len(np.unique(np.argwhere(marks)[:, 1] % 8)) == 5
+    assert np.bincount(found.groups[:, 0]).min() > 50
+    longer = task.longer(800).examples(0, "valid", 0, 50)
+    assert (longer.inputs[:, 40:-3] >= 2 + 2 * task.n_symbols).all()
 
 
 @pytest.mark.parametrize("haystack", ["repeat", "random"])
@@ -210,6 +224,9 @@ def test_vector_answers_have_unit_size() -> None:
         ("needle", {"n_facts": 17}),
         ("needle", {"length": 9}),
         ("ar", {"q": 5, "length": 5}),
+        ("remember", {"n_pairs": 6}),
+        ("remember", {"segment": 3}),
+        ("remember", {"n_pairs": 5, "n_symbols": 2}),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, settings: dict[str, Any]) -> None:
