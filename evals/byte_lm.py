@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.blocks.base import after_step
 from llm.core.init import initialise
+from llm.core.progress import Progress, before_step
 from llm.core.seq import SeqInfo
 from llm.models.config import ModelConfig
 from llm.train.config import OptimConfig, ParamGroupConfig
@@ -107,10 +109,12 @@ def fit(
     *,
     start: dict[str, Tensor] | None = None,
     groups: list[ParamGroupConfig] | None = None,
+    on_step: Callable[[int, Any], None] | None = None,
 ) -> Fitted:
     """Train a model, from scratch or from the parameters and buffers `start`. Vectors are not decayed.
 
     groups: settings for some parameters, as in `optim.groups` of a run; the optimizer is then that of a run.
+    on_step(step, model) is called after each step.
     """
     model = config.build("cpu")
     initialise(model, seed)
@@ -126,12 +130,17 @@ def fit(
     for step in range(recipe.steps):
         first = torch.randint(len(corpus.train) - recipe.seq_len, (recipe.batch, 1), generator=rng)
         rows = corpus.train[first + torch.arange(recipe.seq_len + 1)].long()
+        before_step(model, Progress(step, recipe.steps, seed))
         loss = _loss(model, rows).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         step_at(recipe.rate(step))
         model.zero_grad()
+        after_step(model)
         losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, model)
+            model.train()
     return Fitted(model, losses, time.perf_counter() - started)
 
 
