@@ -11,12 +11,11 @@ from llm.blocks.base import MIXERS, BuildCtx, MixerConfig, TokenMixer
 from llm.blocks.feature_attention import Factors, FeatureAttention, feature_cost, head_width, to_heads
 from llm.blocks.linears.dense import project
 from llm.blocks.positions import positions_within
-from llm.blocks.short_conv import ShortConvolution
 from llm.core.cost import Cost, Dims, Mode
-from llm.core.init import Init, constant
+from llm.core.init import Init, constant, uniform
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import CompositeState, ConvState, DecodeState
+from llm.core.state import CompositeState, ConvState, DecodeState, valid_counts
 
 
 @MIXERS.register(
@@ -68,25 +67,48 @@ class SimplifiedLinearAttentionConfig(MixerConfig):
         return cost
 
 
-class SharedConvolution(ShortConvolution):
-    """A causal depthwise convolution [C, 1, width] with a bias, the same for all heads: x [B, T, H * C]."""
+class SharedConvolution(nn.Module):
+    """A causal depthwise convolution, the same for all heads: x [B, T, H * C], weight [C, 1, width], bias [C]."""
 
     def __init__(self, n_heads: int, channels: int, width: int) -> None:
-        super().__init__(channels, width, activation=None, bias=True)
+        super().__init__()
         self.n_heads = n_heads
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
+        """Whole documents."""
+        return self._convolve(F.pad(x, (0, 0, self.width - 1, 0)), seq.positions if seq.packed else None)
+
+    def extend(self, x: Tensor, seq: SeqInfo, state: ConvState) -> Tensor:
+        """The tokens after those in `state`, which is advanced by the real ones."""
+        return self._convolve(state.append(x, valid_counts(seq)).to(x.dtype), None)
+
+    def _convolve(self, history: Tensor, positions: Tensor | None) -> Tensor:
+        """history [B, width - 1 + T, H * C] -> [B, T, H * C]; taps before a document's start give nothing."""
+        past = self.width - 1
+        length = history.shape[1] - past
+        heads = history.unflatten(-1, (-1, self.weight.shape[0]))
+        taps = self.weight[:, 0].to(history.dtype)
+        y = heads[:, past:] * taps[:, past] + self.bias.to(history.dtype)
+        for back in range(1, self.width):
+            earlier = heads[:, past - back : past - back + length]
+            if positions is not None:
+                earlier = torch.where((positions >= back)[..., None, None], earlier, 0.0)
+            y = y + earlier * taps[:, past - back]
+        return y.flatten(2)
 
     def new_state(
         self, batch: int, *, n_tentative: int = 0, dtype: torch.dtype, device: torch.device | str
     ) -> ConvState:
-        channels = self.n_heads * self.channels
+        """An empty state: the last width - 1 inputs of all heads."""
+        channels = self.n_heads * self.weight.shape[0]
         return ConvState(batch, self.width, channels, n_tentative=n_tentative, dtype=dtype, device=device)
 
-    def _convolve(self, history: Tensor, positions: Tensor | None) -> Tensor:
-        batch = history.shape[0]
-        folded = history.unflatten(-1, (-1, self.channels)).transpose(1, 2).flatten(0, 1)
-        n_heads = folded.shape[0] // batch
-        y = super()._convolve(folded, None if positions is None else positions.repeat_interleave(n_heads, 0))
-        return y.unflatten(0, (batch, n_heads)).transpose(1, 2).flatten(2)
+    def init_spec(self) -> dict[str, Init]:
+        bound = self.width**-0.5
+        return {"weight": uniform(-bound, bound), "bias": constant(0.0)}
 
 
 class SimplifiedLinearAttention(FeatureAttention):
