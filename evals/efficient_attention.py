@@ -25,6 +25,7 @@ from llm.blocks.mixers.reformer import ReformerConfig
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from llm.models.config import ModelConfig
+from llm.train.strategies.common import named_tensors
 
 PICOJOULES = {"multiply": 3.7, "add": 0.9}
 """Energy of a 45 nm fp32 operation, without memory traffic."""
@@ -68,8 +69,7 @@ def performer_errors(counts: tuple[int, ...], scale: float, seeds: int = 5) -> d
     exact = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
     found = {}
     for m in counts:
-        mixer = PerformerConfig(n_heads=4, n_features=m).build(context(4 * d))
-        assert hasattr(mixer, "log_features") and hasattr(mixer, "remember")
+        mixer: Any = PerformerConfig(n_heads=4, n_features=m).build(context(4 * d))
         squares = []
         for seed in range(seeds):
             mixer.directions = orthogonal_directions((m, d), torch.Generator().manual_seed(seed))
@@ -130,7 +130,10 @@ def code_agreement(n_bits: int = 16, seeds: int = 5) -> dict[str, tuple[float, f
             agree = (products.sign() == targets)[targets != 0]
             square = float((n_bits * targets - products).square().mean())
             found.setdefault(name, []).append((float(agree.double().mean()), square))
-    return {name: tuple(map(statistics.fmean, zip(*values))) for name, values in found.items()}
+    return {
+        name: (statistics.fmean(a for a, _ in values), statistics.fmean(b for _, b in values))
+        for name, values in found.items()
+    }
 
 
 def energy(n_heads: int, n_tokens: int, d_head: int, config: EcoFormerConfig) -> dict[str, dict[str, float]]:
@@ -219,7 +222,7 @@ def language(args: argparse.Namespace) -> dict[str, Any]:
             if name == FINE_TUNED:
                 start = from_attention(trained[seed], config, corpus, args.seq_len)
                 before = float(score(start, corpus, args.seq_len).mean())
-                fitted = fit(config, corpus, half, seed, model=start)
+                fitted = fit(config, corpus, half, seed, start=named_tensors(start))
             else:
                 fitted = fit(config, corpus, recipe, seed)
             if name == "attention":
