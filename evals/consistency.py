@@ -10,7 +10,7 @@ keys:
   slices=             shares to compare, such as [1/8,1/2] (default: the granularities that were trained)
   widths=             one more slice: hidden units of each nested layer, such as [192,384,384]
   context=            window length (default: the model's max_seq_len)
-  max_tokens=100k     how many tokens to compare
+  max_tokens=100k     how many tokens to compare, evenly spread over the data
   batch_tokens=8192   tokens that run together
   split=valid         of prepared data
   device=auto         auto, cpu or cuda
@@ -89,13 +89,19 @@ def _log_probabilities(model: Any, tokens: Tensor, seq: SeqInfo, widths: Sequenc
 def windows(
     documents: Sequence[Document], start_id: int, context: int, max_tokens: int, batch_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, labels) [B, context] of the documents one after another, cut into windows; the rest is dropped."""
-    stream = torch.cat([torch.tensor([start_id, *doc.ids.tolist()]) for doc in documents])[: max_tokens + 1]
+    """(tokens, labels) [B, context]: the documents one after another, cut into windows, of which at most max_tokens are
+    taken, evenly spread."""
+    stream = torch.cat([torch.tensor([start_id, *doc.ids.tolist()]) for doc in documents])
     n_rows = (len(stream) - 1) // context
-    if not n_rows:
-        raise UserError(f"the data hold {len(stream) - 1} tokens, fewer than one window of {context}; lower context")
-    tokens = stream[: n_rows * context].view(n_rows, context)
-    labels = stream[1 : n_rows * context + 1].view(n_rows, context)
+    n_taken = min(n_rows, max_tokens // context)
+    if not n_taken:
+        raise UserError(
+            f"no window of {context} tokens in {len(stream) - 1} tokens of data, of which {max_tokens} are wanted; "
+            "lower context or raise max_tokens"
+        )
+    rows = torch.arange(n_taken) * n_rows // n_taken
+    tokens = stream[: n_rows * context].view(n_rows, context)[rows]
+    labels = stream[1 : n_rows * context + 1].view(n_rows, context)[rows]
     size = max(1, batch_tokens // context)
     return zip(tokens.split(size), labels.split(size))
 

@@ -3,7 +3,7 @@
 Nested models against separately trained ones (MatFormer): a small language model over bytes of Python with a
 feed-forward width of 96, 192, 384 or 768 (S, M, L, XL). Seven runs from configs/run/nested-0.6m.yaml:
 
-  separate S, M, L, XL   each trained by itself for --steps (1200)
+  separate S, M, L, XL   each trained by itself for --steps (1000)
   summed                 nested, all four widths in every step
   sampled                nested, one width drawn for each step
   sampled, 2x steps      the same for twice the steps, still half of the compute of `summed`
@@ -15,7 +15,7 @@ models do.
 
 --data: prepared bytes (default: the standard library, prepared in the work folder). --work: folder of the runs; what is
 there already is not repeated, and an interrupted run goes on (default: runs/nested-experiment). --jobs: runs at a time,
-one thread each (2). --tokens: held-out tokens (40000). All seven take about nine minutes on two quiet CPU cores.
+one thread each (2). --tokens: held-out tokens (40000). All seven take about ten minutes on two CPU cores.
 
 Prints a table and a last line of JSON; exit code 1 when a direction does not hold.
 """
@@ -202,7 +202,7 @@ def report(work: Path, data: Path, steps: int, n_tokens: int, seed: int) -> dict
 def main(argv: list[str]) -> int:
     """Run or go on with the experiment."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/nested-experiment"))
     parser.add_argument("--jobs", type=int, default=2)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from evals.consistency import consistency, main
+from evals.consistency import consistency, main, windows
+from evals.perplexity import Document
 from llm.generate import load_model
 from llm.models.nesting import nested_channels, slice_suffix
 from tests.unit.generate.runs import MODEL, prepare_data, write_run
@@ -98,6 +100,19 @@ def test_consistency_against_the_definition(run_folder: Path) -> None:
     assert row.agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert row.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
     assert row.loss == pytest.approx(float(-q.log().gather(-1, rows[:, 1:, None]).mean()), rel=1e-5)
+
+
+def test_windows() -> None:
+    documents = [Document(np.arange(start, start + n), n) for start, n in ((10, 5), (100, 30), (200, 12))]
+    (everything,) = windows(documents, 0, context=7, max_tokens=1000, batch_tokens=1000)
+    stream = [0, *range(10, 15), 0, *range(100, 130), 0, *range(200, 212)]
+    assert everything[0].tolist() == [stream[i : i + 7] for i in range(0, 49, 7)]
+    assert everything[1].tolist() == [stream[i : i + 7] for i in range(1, 50, 7)]
+    some = list(windows(documents, 0, context=7, max_tokens=22, batch_tokens=14))
+    assert [part[0].shape[0] for part in some] == [2, 1]
+    assert torch.equal(torch.cat([part[0] for part in some]), everything[0][[0, 2, 4]])
+    with pytest.raises(ValueError, match="no window of 50 tokens in 49 tokens of data"):
+        windows(documents, 0, context=50, max_tokens=1000, batch_tokens=1000)
 
 
 MISTAKES = [
