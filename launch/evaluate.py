@@ -103,7 +103,7 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     if not paths:
         raise UserError(f"{path} names no data of its own; give a folder of prepared data or text files as DATA")
     context = options.context or model.config.max_seq_len
-    if model.config.position.type == "learned" and context > model.config.max_seq_len:
+    if context > (model.config.max_context or context):
         raise UserError(
             f"context={context} is longer than the model's position table of {model.config.max_seq_len}; lower it"
         )

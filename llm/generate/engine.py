@@ -61,7 +61,7 @@ class Engine:
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self.context = context or model.config.max_seq_len
-        if self.context > model.config.max_seq_len and model.config.position.type == "learned":
+        if self.context > (model.config.max_context or self.context):
             raise UserError(
                 f"context={context} is longer than the model's position table of {model.config.max_seq_len} tokens; "
                 "lower it"

@@ -117,6 +117,12 @@ class ModelConfig(Config):
         """Number of layers."""
         return sum(group.repeat * len(group.pattern) for group in self.layers)
 
+    @property
+    def max_context(self) -> int | None:
+        """Longest sequence for which there are positions: max_seq_len where they are learned; None: any."""
+        bounded = self.position.type == "learned" and not any(w.restarts_positions() for w in self.wrappers)
+        return self.max_seq_len if bounded else None
+
     def context(self, layer: int, block: BlockConfig | None = None) -> BuildCtx:
         """What the block at `layer` may know."""
         return BuildCtx(

@@ -41,7 +41,7 @@ def with_tokenizer(run: RunConfig, vocab_size: int) -> RunConfig:
 def check(run: RunConfig, world_size: int) -> None:
     """Combinations that no single section can see."""
     seq_len, batch_tokens = run.data.seq_len, run.train.batch_tokens
-    if seq_len > run.model.max_seq_len:
+    if seq_len > run.model.max_seq_len and not any(w.restarts_positions() for w in run.model.wrappers):
         raise UserError(
             f"data.seq_len {seq_len} is beyond model.max_seq_len {run.model.max_seq_len}; lower one or raise the other"
         )

@@ -41,6 +41,10 @@ class WrapperConfig(Tagged):
         """Cost of the wrapped model, given that of what is inside; what the wrapper adds goes into `wrappers`."""
         raise NotImplementedError
 
+    def restarts_positions(self) -> bool:
+        """Whether positions begin anew within a sequence, so that model.max_seq_len does not bound its length."""
+        return False
+
     @classmethod
     def identity(cls) -> WrapperConfig | None:
         """The setting under which the wrapped model equals the bare one to the last bit (one loop, one segment without

@@ -176,6 +176,10 @@ class FITConfig(WrapperConfig):
         own = Cost(params, params, state_bytes_per_seq=kept * state_dtype_bytes)
         return replace(bare, blocks=blocks, wrappers=bare.wrappers + own)
 
+    def restarts_positions(self) -> bool:
+        learned = bool(self.n_latents) and self.latent_positions == "learned"
+        return self.group is not None and not learned
+
     def n_groups(self, model: ModelConfig) -> int:
         """Groups of the longest sequence, of which all but the last are read by latents."""
         return -(-model.max_seq_len // self.group) if self.group is not None else 1

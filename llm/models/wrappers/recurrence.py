@@ -76,6 +76,9 @@ class RecurrentConfig(WrapperConfig):
         """(parameters and state bytes, FLOPs) that come on top of the inner model's."""
         raise NotImplementedError
 
+    def restarts_positions(self) -> bool:
+        return self.segment is not None
+
     def inner_length(self, seq_len: int) -> int:
         """Most tokens that the inner model reads of one segment, in a sequence of seq_len tokens."""
         lead, tail = self.shape()

@@ -96,3 +96,26 @@ def test_the_engine_writes_what_forward_says(wrapper: dict[str, Any]) -> None:
             assert int(logits[0, -1].argmax()) == token
             tokens.append(token)
         assert len(completion.tokens) == 15
+
+
+def test_segments_take_a_model_beyond_its_learned_positions(data: Path, tmp_path: Path) -> None:
+    """Training rows and contexts may be longer than model.max_seq_len where positions begin anew in each segment."""
+    changes: dict[str, Any] = {
+        "model": {"max_seq_len": 12, "position": {"type": "learned"}, "wrappers": [WRAPPERS["rmt"]]},
+        "data": {"packing": "pad"},
+        "train": {"steps": 1},
+    }
+    trainer = _trainer(data, tmp_path, **changes)
+    trainer.fit()
+    model: Any = trainer.strategy.model
+    completion = Engine(model.eval(), context=40).generate([[1, 2, 3]], Sampling(temperature=0.0, max_new_tokens=30))
+    assert len(completion[0].tokens) == 30
+    changes["model"]["wrappers"] = []
+    with pytest.raises(UserError, match="is beyond model.max_seq_len 12"):
+        _trainer(data, tmp_path, **changes)
+    config = ModelConfig.model_validate(
+        {"vocab_size": 8, "d_model": 4, "layers": [{"pattern": [{"channel": "swiglu"}]}]}
+    )
+    assert config.max_context is None and config.replace(position="learned").max_context == 1024
+    grouped = {"type": "fit", "stages": "(1)", "group": 4}
+    assert config.replace(position="learned", wrappers=[grouped]).max_context is None
