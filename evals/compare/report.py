@@ -95,7 +95,7 @@ def table(result: dict[str, Any]) -> str:
     """The table in Markdown, best held-out first, with its conditions."""
     measure = result["measure"]
     lengths, contexts = [str(n) for n in measure["lengths"]], [str(n) for n in measure["contexts"]]
-    rows = sorted(result["rows"], key=lambda row: _mean(row) if _mean(row) is not None else math.inf)
+    rows = sorted(result["rows"], key=_rank)
     baseline = _mean(result["rows"][0])
     head = [
         "candidate",
@@ -111,6 +111,11 @@ def table(result: dict[str, Any]) -> str:
     for row in rows:
         lines.append("| " + " | ".join(_cells(row, baseline, lengths, contexts)) + " |")
     return "\n".join([*lines, "", *_conditions(result), ""])
+
+
+def _rank(row: dict[str, Any]) -> float:
+    mean = _mean(row)
+    return math.inf if mean is None else mean
 
 
 def _mean(row: dict[str, Any]) -> float | None:
