@@ -189,11 +189,14 @@ class MemoryCore(nn.Module):
 
     def init_spec(self) -> dict[str, Init]:
         sizes = self.sizes
-        deep = self.form.network != "matrix"
+        small, wide_start, deep = 0.02, sizes.lifted**-0.5, self.form.network != "matrix"
+        if self.form.normed:
+            # A layer norm divides gradients by the spread of what it gets: about 1 for unit keys, never tiny.
+            small, wide_start = sizes.hidden**-0.5 if deep else 1.0, 1.0
         return {
-            "w1": normal(0.02) if deep else constant(0.0),
-            "w2": normal(sizes.lifted**-0.5),
-            "w3": normal(sizes.lifted**-0.5),
+            "w1": normal(small) if deep or self.form.normed else constant(0.0),
+            "w2": normal(wide_start),
+            "w3": normal(wide_start),
             "projection": normal(sizes.d**-0.5),
             "degree_scale": constant(1.0),
             "norm_scale": constant(1.0),

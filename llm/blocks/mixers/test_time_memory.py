@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.test_time_memory.cost import Sizes, block_flops, state_elements
 from kernels.test_time_memory.features import FeatureMap
@@ -71,7 +71,7 @@ _SMALL = {"phi_rank": 2, "window": 3, "expansion": 2}
     tinies={
         "linear_attention": lambda: _tiny("linear_attention"),
         "delta_net": lambda: _tiny("delta_net", chunk=1),
-        "gated_delta_net": lambda: _tiny("gated_delta_net", chunk=1, initial="learned", opt="momentum", read="pre"),
+        "gated_delta_net": lambda: _tiny("gated_delta_net", chunk=1, initial="learned", opt="momentum"),
         "ttt_linear": lambda: _tiny("ttt_linear", recompute=True),
         "vector": lambda: _tiny("linear_attention", bias="l2", retention="vector", eta="sigmoid", window=2, conv=0),
         "ttt_mlp": lambda: _tiny("ttt_mlp", retention="const_head", eta="sigmoid"),
@@ -107,7 +107,8 @@ class MemoryConfig(MixerConfig):
     opt: gradient descent, momentum (Titans), or momentum orthogonalised by ns_steps Newton-Schulz iterations of
     ns_table; ns_granularity: for every "token", or once per "chunk" (for hybrids with attention alone, since its tokens
     read the memory before the chunk). eta_inside: step sizes act on gradients, not on the orthogonalised momentum.
-    eta, eta_start: form of the step size, and where it starts (None: 0.1, 0.01 for muon, 0.5 for sigmoid).
+    eta, eta_start: form of the step size, and where it starts (None: 0.1, 0.01 for muon, 0.5 for
+    a sigmoid without momentum).
     chunk: gradients are taken at the memory before the chunk; part of what the model is, not only of its speed.
     read: tokens are read before ("pre") or after their own write.
     inner_norm, inner_residual: the memory is q + LN(M(q)) as in TTT (inner_residual None: for MLP memories).
@@ -190,8 +191,8 @@ class MemoryConfig(MixerConfig):
              f"(given: phi {self.phi}, sketch_size {self.sketch_size})"),
             (self.eta == "one" and self.eta_start is not None, "eta_start has no effect with eta: one; remove one"),
             (self.eta == "sigmoid" and (self.eta_start or 0.0) >= 1, "eta_start of a sigmoid must be below 1"),
-            (self.initial == "zero" and self.memory != "matrix", f"memory: {self.memory} stays at zero when it starts "
-             "there; use initial: learned"),
+            (self.initial == "zero" and (self.memory != "matrix" or self.inner_norm), "initial: zero is for memory: "
+             f"matrix without inner_norm, others stay there or leap away (given: {self.memory}); use initial: learned"),
         ]  # fmt: skip
 
     @property
@@ -255,7 +256,7 @@ class MemoryConfig(MixerConfig):
 
     def gate_form(self) -> GateForm:
         """The gates of the updates."""
-        usual = 0.5 if self.eta == "sigmoid" else 0.01 if self.opt == "muon" else 0.1
+        usual = 0.01 if self.opt == "muon" else 0.5 if self.eta == "sigmoid" and self.opt == "gd" else 0.1
         return GateForm(
             self.retention,
             momentum=self.opt != "gd",
@@ -289,11 +290,13 @@ class MemoryConfig(MixerConfig):
         return Cost(params=params, active_params=params, flops_per_token=h * flops,
                     state_bytes_per_seq=h * state_elements(form, sizes) + where)  # fmt: skip
 
-    def cost(self, dims: Dims, seq_len: int, mode: Mode) -> Cost:
+    def cost(self, dims: Dims, seq_len: int, mode: Mode, *, project: bool = True) -> Cost:
         d, d_head = dims.d_model, self.head_width(dims.d_model)
         inner = self.n_heads * d_head
         cost = sum((dims.linear(d, inner, role=f"mixer.{name}") for name in "qkv"), Cost())
-        cost = cost + dims.linear(inner, d, role="mixer.out") + dims.norm(d_head, role="mixer.norm")
+        cost = cost + dims.norm(d_head, role="mixer.norm")
+        if project:
+            cost = cost + dims.linear(inner, d, role="mixer.out")
         if self.output_gate:
             cost = cost + dims.linear(d, inner, role="mixer.gate")
         n_gates = self.n_heads * sum(self.gate_form().sections(d_head).values())
@@ -309,18 +312,19 @@ class MemoryConfig(MixerConfig):
 
 
 class MemoryMixer(TokenMixer):
-    """q, k, v [D -> H * d], a convolution over all three, the memory, norm per head, gate and out."""
+    """q, k, v [D -> H * d], a convolution over all three, the memory, norm per head, gate and out (unless `project` is
+    false: then what the heads give goes out as it is)."""
 
     caps = Caps(rollback="replay")
 
-    def __init__(self, config: MemoryConfig, ctx: BuildCtx) -> None:
+    def __init__(self, config: MemoryConfig, ctx: BuildCtx, *, project: bool = True) -> None:
         super().__init__()
         self.n_heads, self.d_head = config.n_heads, config.head_width(ctx.d_model)
         inner = self.n_heads * self.d_head
         self.q = ctx.linear(ctx.d_model, inner, role="mixer.q")
         self.k = ctx.linear(ctx.d_model, inner, role="mixer.k")
         self.v = ctx.linear(ctx.d_model, inner, role="mixer.v")
-        self.out = ctx.linear(inner, ctx.d_model, role="mixer.out")
+        self.out = ctx.linear(inner, ctx.d_model, role="mixer.out") if project else nn.Identity()
         self.gate = ctx.linear(ctx.d_model, inner, role="mixer.gate") if config.output_gate else None
         self.conv = ShortConvolution(3 * inner, config.conv) if config.conv else None
         self.norm = ctx.norm(self.d_head, role="mixer.norm")

@@ -102,7 +102,7 @@ def test_keys_override_a_preset_and_survive_a_round_trip() -> None:
         ({"phi": "poly2", "sketch_size": 4}, "sketch_size goes with"),
         ({"eta": "one", "eta_start": 0.2}, "eta_start has no effect"),
         ({"eta": "sigmoid", "eta_start": 1.0}, "must be below 1"),
-        ({"initial": "zero"}, "mlp stays at zero"),
+        ({"initial": "zero"}, "initial: zero is for memory: matrix"),
         ({"preset": "atlass"}, "atlass"),
     ],
 )
