@@ -18,5 +18,6 @@ def test_contract(checks: Any, contract: str, entry: Any, label: str) -> None:
     run_case(checks, contract, entry, label)
 
 
+@pytest.mark.slow
 def test_exemptions() -> None:
     run_exemptions(CHANNEL_CHECKS, ENTRIES)
