@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm.blocks.mixers.memory_hybrids import HybridConfig, MemoryAsGateConfig, MemoryAsLayerConfig
 from llm.blocks.mixers.test_time_memory import MemoryConfig
 from llm.parallel.plan import ParallelPlan, plan_for
 
@@ -17,3 +18,11 @@ def _test_time_memory(config: MemoryConfig) -> ParallelPlan:
         fp32_params=("*.gates.bias.bias",),
         ac_keep=frozenset({"aten.bmm", "aten.linalg_solve_triangular"}),
     )
+
+
+def _hybrid(config: HybridConfig) -> ParallelPlan:
+    return ParallelPlan(tp_refused=REFUSED)
+
+
+plan_for(MemoryAsGateConfig)(_hybrid)
+plan_for(MemoryAsLayerConfig)(_hybrid)
