@@ -174,8 +174,9 @@ class PRepBN(nn.Module):
         sums = torch.cat([self.moments.flatten(), self.count])
         sums = all_reduce(sums) if all_reduce is not None else sums
         (offset, square), n = sums[:-1].view(2, -1), sums[-1]
-        offset = offset / n.clamp(min=1)
-        var = (square - n * offset.square()).clamp(min=0) / (n - 1).clamp(min=1)
+        # Without the factor n / (n - 1), nothing changes when activation checkpointing shows tokens a second time.
+        offset, square = offset / n.clamp(min=1), square / n.clamp(min=1)
+        var = (square - offset.square()).clamp(min=0)
         rate = self.config.momentum * (n > 0).to(n.dtype)
         self.running_mean += rate * offset
         self.running_var += rate * (var - self.running_var)

@@ -66,6 +66,8 @@ class GLUTokenMixing(TokenMixer):
             self.register_parameter(name, nn.Parameter(torch.empty(n * (n + 1) // 2)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(n)))
         self.norm = LayerNormConfig().build(ctx.d_model)
+        roles = {"gate": "mixer.gate", "up": "mixer.v", "down": "mixer.out"}
+        self._init = {name: _rows(ctx, n, role) for name, role in roles.items()}
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         positions = positions_within(seq, self.longest, "the position maps")
@@ -111,15 +113,15 @@ class GLUTokenMixing(TokenMixer):
 
     def init_spec(self) -> dict[str, Init]:
         biases = {f"{name}_bias": constant(0.0) for name in ("gate", "up", "down")}
-        return {**biases, **dict.fromkeys(("gate", "up", "down"), _rows_of_unit_norm)}
+        return biases | self._init
 
 
-def _rows_of_unit_norm(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Normal entries; those of row i, which has i + 1, with standard deviation 1 / sqrt(i + 1)."""
-    row = torch.repeat_interleave(torch.arange(1, _side(shape[0]) + 1, device="cpu"))
-    return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(generator=rng) * (row + 1.0).rsqrt()
+def _rows(ctx: BuildCtx, n: int, role: str) -> Init:
+    """Row i has i + 1 entries, and starts as a linear layer of that many inputs does."""
 
+    def start(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        stds = torch.tensor([ctx.init_std(i + 1, role) for i in range(n)], device="cpu")
+        sizes = torch.arange(1, n + 1, device="cpu")
+        return torch.empty(shape, device="cpu").normal_(generator=rng) * stds.repeat_interleave(sizes)
 
-def _side(n_entries: int) -> int:
-    """N of a triangle of N (N + 1) / 2 entries."""
-    return round(((8 * n_entries + 1) ** 0.5 - 1) / 2)
+    return start

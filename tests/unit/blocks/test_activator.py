@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm.blocks.channels.activator import ActivatorConfig
 from llm.blocks.channels.mlp import MLPConfig
-from llm.blocks.mixers.glu_token_mixing import GLUTokenMixingConfig, _side
+from llm.blocks.mixers.glu_token_mixing import GLUTokenMixingConfig
 from llm.blocks.norms import LayerNormConfig
 from llm.blocks.residuals import PreNormConfig
 from llm.core.errors import UserError
@@ -71,7 +71,7 @@ def test_published_counts() -> None:
 
 
 def triangle(rows: Tensor) -> Tensor:
-    n = _side(rows.shape[0])
+    n = round(((8 * rows.shape[0] + 1) ** 0.5 - 1) / 2)
     square = torch.zeros(n, n, dtype=rows.dtype)
     square[tuple(torch.tril_indices(n, n))] = rows
     return square
