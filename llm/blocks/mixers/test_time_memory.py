@@ -107,8 +107,8 @@ class MemoryConfig(MixerConfig):
     opt: gradient descent, momentum (Titans), or momentum orthogonalised by ns_steps Newton-Schulz iterations of
     ns_table; ns_granularity: for every "token", or once per "chunk" (for hybrids with attention alone, since its tokens
     read the memory before the chunk). eta_inside: step sizes act on gradients, not on the orthogonalised momentum.
-    eta, eta_start: form of the step size, and where it starts (None: 0.1, 0.01 for muon, 0.5 for
-    a sigmoid without momentum).
+    eta, eta_start: form of the step size, and where it starts (None: 0.1, with momentum at most 1 / chunk, since a
+    chunk's gradients do not see each other's steps; 0.01 for muon, 0.5 for a sigmoid without momentum).
     chunk: gradients are taken at the memory before the chunk; part of what the model is, not only of its speed.
     read: tokens are read before ("pre") or after their own write.
     inner_norm, inner_residual: the memory is q + LN(M(q)) as in TTT (inner_residual None: for MLP memories).
@@ -256,12 +256,12 @@ class MemoryConfig(MixerConfig):
 
     def gate_form(self) -> GateForm:
         """The gates of the updates."""
-        usual = 0.01 if self.opt == "muon" else 0.5 if self.eta == "sigmoid" and self.opt == "gd" else 0.1
+        usual = {"gd": 0.5 if self.eta == "sigmoid" else 0.1, "momentum": min(0.1, 1 / self.chunk), "muon": 0.01}
         return GateForm(
             self.retention,
             momentum=self.opt != "gd",
             eta=self.eta,
-            eta_start=usual if self.eta_start is None else self.eta_start,
+            eta_start=usual[self.opt] if self.eta_start is None else self.eta_start,
             window=self.window,
             learned_gamma=self.gamma == "learned",
             mean=self.gamma_norm == "mean",
