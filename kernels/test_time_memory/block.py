@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.test_time_memory.network import Form, LayerNorm, Weights, gelu, gradient_factors, recall, times
+from kernels.test_time_memory.network import Form, LayerNorm, Weights, gelu, gradient_factors, recall, renormed, times
 from kernels.test_time_memory.newton_schulz import newton_schulz
 
 
@@ -53,10 +53,14 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Outer:
-    """What learns outside: lift(x [..., T, d]) -> [..., T, D], and the layer norm behind the network."""
+    """What learns outside: lift(x [..., T, d]) -> [..., T, D], and the layer norm behind the network.
+
+    lengths: of the rows of the weights at the start, [H, m, 1] each, for a form that is renormed.
+    """
 
     lift: Callable[[Tensor], Tensor]
     norm: LayerNorm | None = None
+    lengths: Weights | None = None
 
 
 class MemoryState(NamedTuple):
@@ -320,12 +324,21 @@ def run_block(
     else:
         y = None if block.z_read is None else answer(form, outer, state, block.z_read, inputs, errors, block.seen)
         after = final_state(state, inputs, errors, block.co)
+    if form.renormed:
+        assert outer.lengths is not None
+        scaled = renormed(after.memory, outer.lengths)
+        after = after._replace(memory=_where_ended(complete, scaled, after.memory))
     if state.anchor is not None:
         assert complete is not None
-        ended = complete[:, None, None, None]
-        moved = tuple(torch.where(ended, new, old) for new, old in zip(after.memory, state.anchor))
-        after = after._replace(anchor=moved)
+        after = after._replace(anchor=_where_ended(complete, after.memory, state.anchor))
     return y, after
+
+
+def _where_ended(complete: Tensor | None, new: Weights, old: Weights) -> Weights:
+    """New weights [B, H, m, n] for rows that are complete [B] (None: for all)."""
+    if complete is None:
+        return new
+    return tuple(torch.where(complete[:, None, None, None], a, b) for a, b in zip(new, old))
 
 
 def run_muon(
@@ -393,10 +406,7 @@ def _run_muon_block(
         steps = (newton_schulz(s, form.ns_steps, form.ns_table) for s in momentum)
         placed = [_placed(old, s) for old, s in zip(memory, momentum)]
         moved = [keep[..., None, None] * old + push[..., None, None] * step for old, step in zip(placed, steps)]
-        memory = tuple(
-            new if complete is None else torch.where(complete[:, None, None, None], new, old)
-            for new, old in zip(moved, memory)
-        )
+        memory = _where_ended(complete, tuple(moved), memory)
     after = state._replace(memory=memory, momentum=tuple(momentum))
     if state.keep is None:
         return y, after

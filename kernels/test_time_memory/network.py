@@ -39,6 +39,7 @@ class Form:
     decayed: gradients are taken at the decayed memory (with `exact` alone).
     pre: tokens read before they are written. muon_block: one Newton-Schulz for each block, whose tokens read the memory
     before it. eta_inside: the step size multiplies gradients instead of the orthogonalised momentum.
+    renormed: after each whole block the rows of all weights are scaled back to the lengths they began with.
     """
 
     network: Network = "matrix"
@@ -54,6 +55,7 @@ class Form:
     ns_steps: int = 5
     ns_table: Table = "quintic"
     eta_inside: bool = False
+    renormed: bool = False
 
     @property
     def n_weights(self) -> int:
@@ -101,9 +103,9 @@ class LayerNorm:
         return centred * inverse, inverse
 
 
-def _per_head(vector: Tensor, like: Tensor) -> Tensor:
-    """vector [H, d] so that it broadcasts against like [B, H, ..., T, d]."""
-    return vector.reshape(vector.shape[0], *(1,) * (like.dim() - 3), vector.shape[1])
+def _per_head(x: Tensor, like: Tensor) -> Tensor:
+    """x [H, d] or [H, m, 1] so that it broadcasts against like [B, H, ..., T, d] or [B, H, ..., m, n]."""
+    return x.reshape(x.shape[0], *(1,) * (like.dim() - 1 - x.dim()), *x.shape[1:])
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -132,6 +134,16 @@ def recall(form: Form, weights: Weights, z: Tensor, norm: LayerNorm | None) -> T
     else:
         u = times(gelu(times(z, weights[1])) * times(z, weights[2]), weights[0])
     return u if norm is None else norm(u)
+
+
+def row_lengths(weights: Weights) -> Weights:
+    """[..., m, 1] per weight [..., m, n]."""
+    return tuple(torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp(min=1e-12) for w in weights)
+
+
+def renormed(weights: Weights, lengths: Weights) -> Weights:
+    """Weights [..., m, n] with rows of the lengths [H, m, 1]."""
+    return tuple(w * (_per_head(to, w) / own) for w, to, own in zip(weights, lengths, row_lengths(weights)))
 
 
 def gradient_factors(

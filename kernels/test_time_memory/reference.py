@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.test_time_memory.block import Outer
-from kernels.test_time_memory.network import Form, Weights, recall
+from kernels.test_time_memory.network import Form, Weights, recall, renormed
 from kernels.test_time_memory.newton_schulz import newton_schulz
 from kernels.test_time_memory.sequence import Tokens
 
@@ -74,7 +74,11 @@ def run_reference(form: Form, outer: Outer, initial: Weights, tokens: Tokens) ->
                 steps = tuple(outside * newton_schulz(s, form.ns_steps, form.ns_table) for s in momentum)
         if not form.muon_block:
             memory = tuple(alpha(t) * w + s for w, s in zip(memory, steps))
-        seen = held if form.muon_block else before if form.pre else memory
+        written = memory
+        if form.renormed and (t + 1) % form.block == 0:
+            assert outer.lengths is not None
+            memory = renormed(memory, outer.lengths)
+        seen = held if form.muon_block else before if form.pre else written
         outputs.append(recall(form, seen, outer.lift(q[:, :, t : t + 1]), outer.norm))
     return torch.cat(outputs, dim=2), memory
 

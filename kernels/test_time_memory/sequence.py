@@ -80,13 +80,13 @@ class _Scan:
         n_pieces = blocks.k.shape[2]
         self.pieces = pieces_of(blocks if self.again else prepare(form, outer, blocks), n_pieces)
 
-    def __call__(self, piece: int, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """(y [B, H, b, d_v], the state after it)."""
+    def __call__(self, piece: int, state: MemoryState, complete: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+        """(y [B, H, b, d_v], the state after it). complete: as `run_block` has it."""
         block = self.pieces[piece]
         if self.again:
-            y, after = checkpoint(run_block, self.form, self.outer, state, block, use_reentrant=False)
+            y, after = checkpoint(run_block, self.form, self.outer, state, block, complete, use_reentrant=False)
         else:
-            y, after = run_block(self.form, self.outer, state, block)
+            y, after = run_block(self.form, self.outer, state, block, complete)
         assert y is not None
         return y, after
 
@@ -112,8 +112,9 @@ def run_document(
     q, gates = each_tensor((tokens.q, tokens.gates), cut)
     scan = _Scan(form, outer, Block(q, with_halo(tokens.k), with_halo(tokens.v), gates, steps, real), recompute)
     outputs = []
+    unfinished = torch.zeros(tokens.k.shape[0], dtype=torch.bool, device=tokens.k.device) if form.renormed else None
     for piece in range(len(scan.pieces)):
-        y, state = scan(piece, state)
+        y, state = scan(piece, state, None if (piece + 1) * form.block <= n_tokens else unfinished)
         outputs.append(y)
     return torch.cat(outputs, dim=2)[:, :, :n_tokens], state
 
@@ -287,7 +288,7 @@ def run_rows(
             here, near = slice(start, start + b), slice(start, start + b + halo)
             q, gates = each_tensor((tokens.q, tokens.gates), partial(_part, part=here))
             block = Block(q, k[:, :, near], v[:, :, near], gates, real[:, None, here], keys[:, None, near])
-            y, state = run_block(form, outer, state, block)
+            y, state = run_block(form, outer, state, block, complete=real[:, start + b - 1 : start + b].any(1))
             outputs.append(y)
         return _joined(outputs), state
     if n_tokens > b:

@@ -32,6 +32,7 @@ from kernels.test_time_memory import (
 )
 from kernels.test_time_memory.cost import Sizes
 from kernels.test_time_memory.features import DEGREE, monomials, n_monomials, n_orders
+from kernels.test_time_memory.network import row_lengths
 from kernels.test_time_memory.sequence import each_tensor
 from llm.blocks.base import BuildCtx
 from llm.core.init import Init, computed, constant, normal
@@ -246,7 +247,10 @@ class MemoryCore(nn.Module):
             tuple(getattr(self, name) for name in self._sketches()),
             self.config.unit_features,
         )
-        return Outer(features, norm)
+        lengths = None
+        if self.form.renormed:
+            lengths = row_lengths(self.initial(dtype, self.get_parameter("w1").device))
+        return Outer(features, norm, lengths)
 
     def initial(self, dtype: torch.dtype, device: torch.device | str) -> Weights:
         """The weights [H, m, n] before a document."""

@@ -30,7 +30,7 @@ from kernels.test_time_memory import (
 )
 from kernels.test_time_memory.block import Block, band, decays, run_block
 from kernels.test_time_memory.features import monomials, n_features, n_orders
-from kernels.test_time_memory.network import gradient_factors
+from kernels.test_time_memory.network import gradient_factors, row_lengths
 from kernels.test_time_memory.sequence import each_tensor, find_blocks
 
 D, DV, HIDDEN, HEADS, T = 5, 4, 6, 2, 14
@@ -60,7 +60,9 @@ def sample(form: Form, *, batch: int = 2, n: int = T, vector: bool = False, seed
     for leaf in leaves:
         leaf.requires_grad_()
     gates = Gates(log_alpha, log_theta if form.momentum else None, eta, gamma)
-    return Outer(SAME, LayerNorm(scale, shift) if form.normed else None), initial, Tokens(q, k, v, gates), leaves
+    norm = LayerNorm(scale, shift) if form.normed else None
+    outer = Outer(SAME, norm, row_lengths(initial) if form.renormed else None)
+    return outer, initial, Tokens(q, k, v, gates), leaves
 
 
 def rows_of(initial: Weights, batch: int) -> MemoryState:
@@ -98,6 +100,8 @@ FORMS = {
     "mlp normed": Form("mlp", normed=True, block=4, window=2, optimizer="momentum"),
     "gated": Form("gated_mlp", block=4, window=2, optimizer="momentum", pre=True),
     "gated wide window": Form("gated_mlp", block=3, window=6),
+    "mlp renormed": Form("mlp", block=4, window=2, optimizer="momentum", renormed=True),
+    "gated renormed tokens": Form("gated_mlp", block=1, renormed=True, pre=True),
     "muon": Form("mlp", block=4, window=2, optimizer="muon", ns_steps=3),
     "muon inside": Form("gated_mlp", block=3, window=6, optimizer="muon", ns_steps=2, eta_inside=True, pre=True),
     "muon tokens": Form("matrix", block=1, optimizer="muon", ns_steps=3),

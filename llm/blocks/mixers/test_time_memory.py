@@ -52,6 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Published models as settings; whatever is not named keeps its default."""
 
+MOMENTUM_STEPS = 10.0
+"""1 / (1 - 0.9), with what is kept of the momentum at the start: how often a gradient acts."""
+
 EXACT_BLOCK = 32
 """Tokens whose triangular system is solved at once, where every token takes its gradient at the memory before it."""
 
@@ -107,8 +110,11 @@ class MemoryConfig(MixerConfig):
     opt: gradient descent, momentum (Titans), or momentum orthogonalised by ns_steps Newton-Schulz iterations of
     ns_table; ns_granularity: for every "token", or once per "chunk" (for hybrids with attention alone, since its tokens
     read the memory before the chunk). eta_inside: step sizes act on gradients, not on the orthogonalised momentum.
-    eta, eta_start: form of the step size, and where it starts (None: 0.1, with momentum at most 1 / chunk, since a
-    chunk's gradients do not see each other's steps; 0.01 for muon, 0.5 for a sigmoid without momentum).
+    eta, eta_start: form of the step size, and where it starts (None: 0.5 for a sigmoid without momentum, 0.01 for
+    muon, else 0.1 or what keeps a chunk of equal keys from overshooting, if that is less).
+    weight_renorm: "rows" scales the rows of all weights back to their first lengths after each chunk; "none" is the
+    papers' equations, which diverge in training or let a memory shrink to nothing. None: rows for networks without
+    inner_norm that gradient descent or momentum trains, else none.
     chunk: gradients are taken at the memory before the chunk; part of what the model is, not only of its speed.
     read: tokens are read before ("pre") or after their own write.
     inner_norm, inner_residual: the memory is q + LN(M(q)) as in TTT (inner_residual None: for MLP memories).
@@ -138,6 +144,7 @@ class MemoryConfig(MixerConfig):
     eta_inside: bool = False
     eta: Literal["softplus", "sigmoid", "one"] = "softplus"
     eta_start: float | None = Field(None, gt=0)
+    weight_renorm: Literal["none", "rows"] | None = None
     chunk: int = Field(32, ge=1)
     read: Literal["pre", "post"] | None = None
     inner_norm: bool = False
@@ -189,6 +196,8 @@ class MemoryConfig(MixerConfig):
              "effect with phi: id; choose another phi or remove them"),
             (sketched != (self.sketch_size is not None), "sketch_size goes with phi: sketch2 or sketch4, which need it "
              f"(given: phi {self.phi}, sketch_size {self.sketch_size})"),
+            (self.weight_renorm == "rows" and not self.can_renorm, "weight_renorm: rows needs memory: mlp or "
+             "gated_mlp, opt: gd or momentum and no inner_norm; remove it"),
             (self.eta == "one" and self.eta_start is not None, "eta_start has no effect with eta: one; remove one"),
             (self.eta == "sigmoid" and (self.eta_start or 0.0) >= 1, "eta_start of a sigmoid must be below 1"),
             (self.initial == "zero" and (self.memory != "matrix" or self.inner_norm), "initial: zero is for memory: "
@@ -200,6 +209,11 @@ class MemoryConfig(MixerConfig):
         """Whether every token takes its gradient at the memory before it, by a triangular system."""
         plain = self.memory == "matrix" and self.bias == "l2" and self.opt != "muon" and not self.inner_norm
         return plain and self.window == 1 and self.chunk == 1
+
+    @property
+    def can_renorm(self) -> bool:
+        """Whether nothing else bounds the weights of the memory, and they may be scaled."""
+        return self.memory != "matrix" and self.opt != "muon" and not self.inner_norm
 
     def head_width(self, d_model: int) -> int:
         """Width of a head."""
@@ -231,6 +245,7 @@ class MemoryConfig(MixerConfig):
             ns_steps=self.ns_steps or 5,
             ns_table=self.ns_table or "quintic",
             eta_inside=self.eta_inside,
+            renormed=self.can_renorm if self.weight_renorm is None else self.weight_renorm == "rows",
         )
 
     def core_form(self, d_head: int) -> CoreForm:
@@ -256,7 +271,10 @@ class MemoryConfig(MixerConfig):
 
     def gate_form(self) -> GateForm:
         """The gates of the updates."""
-        usual = {"gd": 0.5 if self.eta == "sigmoid" else 0.1, "momentum": min(0.1, 1 / self.chunk), "muon": 0.01}
+        # A chunk's gradients are all taken at one memory, and momentum repeats each of them.
+        steps = self.chunk * (1.0 if self.opt == "gd" else MOMENTUM_STEPS)
+        stable = min(0.1, 1.0 / steps)
+        usual = {"gd": 0.5 if self.eta == "sigmoid" else stable, "momentum": stable, "muon": 0.01}
         return GateForm(
             self.retention,
             momentum=self.opt != "gd",

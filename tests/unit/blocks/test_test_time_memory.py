@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm.blocks.mixers.test_time_memory import PRESETS, MemoryConfig, Preset
 from llm.core.errors import UserError
+from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from tests.unit.blocks.helpers import context, ready
 
@@ -53,6 +54,34 @@ def test_a_preset_decodes_as_it_was_trained(name: str) -> None:
     with torch.no_grad():
         whole = module(x, SeqInfo.contiguous(2, 37))
     assert torch.allclose(decoded(module, x, [1, 20, 1, 1, 14]), whole, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["titans", "omeganet"])
+def test_a_repeated_token_does_not_overshoot(name: str) -> None:
+    """With start values: all gradients of a chunk agree, and none of them sees the steps of the others."""
+    given = MemoryConfig.model_validate({"preset": name, "n_heads": 2, "weight_renorm": "none"})
+    module = given.build(context(d_model=128))
+    initialise(module, 0)
+    x = tokens(1, seed=1)[:1].float().repeat(1, 1024, 4)
+    with torch.no_grad():
+        q, k, v = module._project(x, SeqInfo.contiguous(1, 1024), None)
+        y = module.core(q, k, v, module.gates(x), SeqInfo.contiguous(1, 1024))
+    assert y.abs().max() < 100
+
+
+@pytest.mark.parametrize("name", ["titans", "dla", "omeganet"])
+def test_steps_of_any_size_leave_the_memory_finite(name: str) -> None:
+    module = MemoryConfig.model_validate({"preset": name, "n_heads": 2, "eta_start": 5.0}).build(context(d_model=128))
+    initialise(module, 0)
+    x = tokens(256, seed=1).float().repeat(1, 1, 4)
+    state = module.new_state(2, 2048, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        for start in range(0, 2048, 256):
+            assert module.prefill(x, SeqInfo.contiguous(2, 256, start=start), state).isfinite().all()
+    for index in (1, 2):
+        lengths = torch.linalg.vector_norm(state["memory"].committed[f"anchor{index}"], dim=-1)
+        start_lengths = torch.linalg.vector_norm(getattr(module.core, f"w{index}"), dim=-1)
+        assert torch.allclose(lengths, start_lengths.expand_as(lengths), rtol=1e-5)
 
 
 def test_presets_are_what_they_are_called() -> None:
@@ -103,6 +132,7 @@ def test_keys_override_a_preset_and_survive_a_round_trip() -> None:
         ({"eta": "one", "eta_start": 0.2}, "eta_start has no effect"),
         ({"eta": "sigmoid", "eta_start": 1.0}, "must be below 1"),
         ({"initial": "zero"}, "initial: zero is for memory: matrix"),
+        ({"preset": "atlas", "weight_renorm": "rows"}, "weight_renorm: rows needs memory: mlp or gated_mlp"),
         ({"preset": "atlass"}, "atlass"),
     ],
 )
