@@ -338,9 +338,9 @@ class MemoryCore(nn.Module):
         return None if y is None else y.transpose(1, 2), final
 
     def new_state(
-        self, batch: int, *, n_tentative: int, dtype: torch.dtype, device: torch.device | str
+        self, batch: int, capacity: int, *, n_tentative: int, dtype: torch.dtype, device: torch.device | str
     ) -> RecurrentState:
-        """A state at the initial weights."""
+        """A state at the initial weights, whatever the capacity."""
         dtype = wide(dtype)
         shapes = dict(self._state_shapes())
         h, d, c = self.n_heads, self.sizes.d, self.form.window

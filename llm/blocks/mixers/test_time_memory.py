@@ -6,6 +6,7 @@ lowers a loss over the keys and values of the last c tokens. Behrouz et al. 2025
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,6 +67,61 @@ def _tiny(preset: str, **more: Any) -> MemoryConfig:
 _SMALL = {"phi_rank": 2, "window": 3, "expansion": 2}
 
 
+class MemoryLayerConfig(MixerConfig):
+    """The layer around a memory, common to all of them.
+
+    conv: width of the convolution on q, k, v (0: none). output_gate: the heads' outputs are gated by the input.
+    """
+
+    n_heads: int = Field(ge=1)
+    d_head: int | None = Field(None, ge=1)
+    conv: int = Field(4, ge=0)
+    output_gate: bool = True
+
+    @property
+    def unit_keys(self) -> bool:
+        """Whether queries and keys are scaled to length 1."""
+        return True
+
+    def head_width(self, d_model: int) -> int:
+        """Width of a head."""
+        if self.d_head is None and d_model % self.n_heads:
+            raise UserError(
+                f"{self.type_name}: d_model {d_model} is not divisible by n_heads {self.n_heads}; "
+                "set d_head or change one"
+            )
+        return self.d_head or d_model // self.n_heads
+
+    def gate_form(self) -> GateForm:
+        """The gates of the updates."""
+        raise NotImplementedError
+
+    def build_core(self, d_head: int) -> nn.Module:
+        """The memories of all heads: forward, extend and new_state as `MemoryCore` has them."""
+        raise NotImplementedError
+
+    def core_cost(self, d_head: int, seq_len: int, mode: Mode) -> Cost:
+        """The memories of all heads, their gates' biases included; the state in elements of at least fp32."""
+        raise NotImplementedError
+
+    def cost(self, dims: Dims, seq_len: int, mode: Mode, *, project: bool = True) -> Cost:
+        d, d_head = dims.d_model, self.head_width(dims.d_model)
+        inner = self.n_heads * d_head
+        cost = sum((dims.linear(d, inner, role=f"mixer.{name}") for name in "qkv"), Cost())
+        cost = cost + dims.norm(d_head, role="mixer.norm")
+        if project:
+            cost = cost + dims.linear(inner, d, role="mixer.out")
+        if self.output_gate:
+            cost = cost + dims.linear(d, inner, role="mixer.gate")
+        n_gates = self.n_heads * sum(self.gate_form().sections(d_head).values())
+        if n_gates:
+            cost = cost + dims.linear(d, n_gates, role="mixer.gates")
+        if self.conv:
+            cost = cost + short_conv_cost(3 * inner, self.conv, False, dims.state_dtype_bytes)
+        core = self.core_cost(d_head, seq_len, mode)
+        return cost + replace(core, state_bytes_per_seq=core.state_bytes_per_seq * max(4, dims.state_dtype_bytes))
+
+
 @MIXERS.register(
     "test_time_memory",
     tiny=lambda: _tiny("titans", window=2),
@@ -94,7 +150,7 @@ _SMALL = {"phi_rank": 2, "window": 3, "expansion": 2}
         "recall in context stays below attention's, and a model must be run with the chunk it was trained with.",
     ),
 )
-class MemoryConfig(MixerConfig):
+class MemoryConfig(MemoryLayerConfig):
     """A memory that is trained while it reads.
 
     preset: a published model; it fills the keys below, and keys given beside it override it.
@@ -118,13 +174,11 @@ class MemoryConfig(MixerConfig):
     chunk: gradients are taken at the memory before the chunk; part of what the model is, not only of its speed.
     read: tokens are read before ("pre") or after their own write.
     inner_norm, inner_residual: the memory is q + LN(M(q)) as in TTT (inner_residual None: for MLP memories).
-    initial: where documents begin: at learned weights or at zero. conv: width of the convolution on q, k, v (0: none).
+    initial: where documents begin: at learned weights or at zero.
     recompute: keep only the states between chunks for the backward pass.
     """
 
     preset: Preset | None = None
-    n_heads: int = Field(ge=1)
-    d_head: int | None = Field(None, ge=1)
     memory: Network = "mlp"
     expansion: int = Field(4, ge=1)
     bias: Bias = "l2"
@@ -151,8 +205,6 @@ class MemoryConfig(MixerConfig):
     inner_residual: bool | None = None
     initial: Literal["learned", "zero"] = "learned"
     qk_norm: bool = True
-    conv: int = Field(4, ge=0)
-    output_gate: bool = True
     recompute: bool = False
 
     @model_validator(mode="before")
@@ -215,14 +267,12 @@ class MemoryConfig(MixerConfig):
         """Whether nothing else bounds the weights of the memory, and they may be scaled."""
         return self.memory != "matrix" and self.opt != "muon" and not self.inner_norm
 
+    @property
+    def unit_keys(self) -> bool:
+        return self.qk_norm
+
     def head_width(self, d_model: int) -> int:
-        """Width of a head."""
-        if self.d_head is None and d_model % self.n_heads:
-            raise UserError(
-                f"test_time_memory: d_model {d_model} is not divisible by n_heads {self.n_heads}; "
-                "set d_head or change one"
-            )
-        width = self.d_head or d_model // self.n_heads
+        width = super().head_width(d_model)
         if self.phi_rank is not None and self.phi_rank > width:
             raise UserError(
                 f"test_time_memory: phi_rank {self.phi_rank} is more than the width of a head, {width}; lower it"
@@ -270,7 +320,6 @@ class MemoryConfig(MixerConfig):
         )
 
     def gate_form(self) -> GateForm:
-        """The gates of the updates."""
         # A chunk's gradients are all taken at one memory, and momentum repeats each of them.
         steps = self.chunk * (1.0 if self.opt == "gd" else MOMENTUM_STEPS)
         stable = min(0.1, 1.0 / steps)
@@ -293,8 +342,10 @@ class MemoryConfig(MixerConfig):
             )
         return MemoryMixer(self, ctx)
 
+    def build_core(self, d_head: int) -> MemoryCore:
+        return MemoryCore(self.core_form(d_head), self.n_heads)
+
     def core_cost(self, d_head: int, seq_len: int, mode: Mode) -> Cost:
-        """The memories of all heads, their gates' biases included."""
         core = self.core_form(d_head)
         form, sizes, h = core.form, core.sizes, self.n_heads
         params = sum(torch.Size(shape).numel() for shape in core.parameter_shapes(h).values())
@@ -308,26 +359,6 @@ class MemoryConfig(MixerConfig):
         return Cost(params=params, active_params=params, flops_per_token=h * flops,
                     state_bytes_per_seq=h * state_elements(form, sizes) + where)  # fmt: skip
 
-    def cost(self, dims: Dims, seq_len: int, mode: Mode, *, project: bool = True) -> Cost:
-        d, d_head = dims.d_model, self.head_width(dims.d_model)
-        inner = self.n_heads * d_head
-        cost = sum((dims.linear(d, inner, role=f"mixer.{name}") for name in "qkv"), Cost())
-        cost = cost + dims.norm(d_head, role="mixer.norm")
-        if project:
-            cost = cost + dims.linear(inner, d, role="mixer.out")
-        if self.output_gate:
-            cost = cost + dims.linear(d, inner, role="mixer.gate")
-        n_gates = self.n_heads * sum(self.gate_form().sections(d_head).values())
-        if n_gates:
-            cost = cost + dims.linear(d, n_gates, role="mixer.gates")
-        if self.conv:
-            cost = cost + short_conv_cost(3 * inner, self.conv, False, dims.state_dtype_bytes)
-        core = self.core_cost(d_head, seq_len, mode)
-        element = max(4, dims.state_dtype_bytes)
-        return cost + Cost(
-            core.params, core.active_params, core.flops_per_token, 0.0, core.state_bytes_per_seq * element
-        )
-
 
 class MemoryMixer(TokenMixer):
     """q, k, v [D -> H * d], a convolution over all three, the memory, norm per head, gate and out (unless `project` is
@@ -335,7 +366,7 @@ class MemoryMixer(TokenMixer):
 
     caps = Caps(rollback="replay")
 
-    def __init__(self, config: MemoryConfig, ctx: BuildCtx, *, project: bool = True) -> None:
+    def __init__(self, config: MemoryLayerConfig, ctx: BuildCtx, *, project: bool = True) -> None:
         super().__init__()
         self.n_heads, self.d_head = config.n_heads, config.head_width(ctx.d_model)
         inner = self.n_heads * self.d_head
@@ -347,8 +378,8 @@ class MemoryMixer(TokenMixer):
         self.conv = ShortConvolution(3 * inner, config.conv) if config.conv else None
         self.norm = ctx.norm(self.d_head, role="mixer.norm")
         self.gates = MemoryGates(config.gate_form(), self.n_heads, self.d_head, ctx)
-        self.core = MemoryCore(config.core_form(self.d_head), self.n_heads)
-        self.qk_norm = config.qk_norm
+        self.core: Any = config.build_core(self.d_head)
+        self.qk_norm = config.unit_keys
 
     def _project(self, x: Tensor, seq: SeqInfo, state: DecodeState | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, d]; q and k in fp32."""
@@ -384,7 +415,7 @@ class MemoryMixer(TokenMixer):
         self, batch: int, capacity: int, *, n_tentative: int = 0, dtype: torch.dtype, device: torch.device | str
     ) -> DecodeState:
         known: dict[str, Any] = {"n_tentative": n_tentative, "dtype": dtype, "device": device}
-        parts: dict[str, DecodeState] = {"memory": self.core.new_state(batch, **known)}
+        parts: dict[str, DecodeState] = {"memory": self.core.new_state(batch, capacity, **known)}
         if self.conv is not None:
             parts["conv"] = self.conv.new_state(batch, **known)
         return CompositeState(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm.blocks.mixers.exponential_memory import ExponentialMemoryConfig
 from llm.blocks.mixers.memory_hybrids import HybridConfig, MemoryAsGateConfig, MemoryAsLayerConfig
 from llm.blocks.mixers.test_time_memory import MemoryConfig
 from llm.parallel.plan import ParallelPlan, plan_for
@@ -26,3 +27,12 @@ def _hybrid(config: HybridConfig) -> ParallelPlan:
 
 plan_for(MemoryAsGateConfig)(_hybrid)
 plan_for(MemoryAsLayerConfig)(_hybrid)
+
+
+@plan_for(ExponentialMemoryConfig)
+def _exponential_memory(config: ExponentialMemoryConfig) -> ParallelPlan:
+    return ParallelPlan(
+        tp_refused=REFUSED,
+        fp32_params=("*.gates.bias.bias", "*.core.log_scale"),
+        ac_keep=frozenset({"aten.bmm", "aten.linalg_solve_triangular"}),
+    )
