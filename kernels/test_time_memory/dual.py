@@ -34,6 +34,13 @@ def kept(log_alpha: Tensor | None, seen: Tensor, like: Tensor) -> Tensor:
     return torch.where(seen, F.pad(summed[..., 1:], (0, 1)), -torch.inf).exp()
 
 
+def kept_from_start(log_alpha: Tensor | None, seen: Tensor, like: Tensor) -> Tensor:
+    """What is left at each token of the memory before the document, [B, H, T, 1]."""
+    if log_alpha is None:
+        return torch.ones_like(like[..., :1])
+    return torch.where(seen, log_alpha[..., None, :], 0.0).sum(-1, keepdim=True).exp()
+
+
 def written(left: Tensor, rates: Tensor, seen: Tensor) -> Tensor:
     """write of the module's text. left: as from `kept`; rates [B, H, S, c]: eta_n gamma_{n, j}."""
     total = left * rates[..., None, :, 0]

@@ -13,15 +13,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels.test_time_memory.dual import delta_updates, exponential_kernel, kept, written
-from kernels.test_time_memory.network import Bias
+from kernels.test_time_memory.dual import delta_updates, exponential_kernel, kept, kept_from_start, written
+from kernels.test_time_memory.network import Bias, Form, Weights, gelu, gradient_factors, times
 from kernels.test_time_memory.sequence import each_tensor
 from llm.blocks.base import MIXERS, BuildCtx, Caps
 from llm.blocks.mixers.test_time_memory import MemoryLayerConfig, MemoryMixer
 from llm.blocks.test_time_memory import GateForm, Gates, wide, without_autocast
 from llm.core.cost import Cost, Mode
 from llm.core.errors import UserError
-from llm.core.init import Init, constant
+from llm.core.init import Init, constant, normal
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, KVState, valid_counts
@@ -29,11 +29,14 @@ from llm.core.state import DecodeState, KVState, valid_counts
 Preset = Literal["deep_transformer", "swdt", "dot"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "deep_transformer": {"bias": "dot"},
-    "swdt": {"bias": "dot", "window": 8, "gamma": "learned"},
-    "dot": {"bias": "l2", "eta": "sigmoid"},
+    "deep_transformer": {"memory": "mlp", "bias": "dot", "eta": "softplus"},
+    "swdt": {"memory": "mlp", "bias": "dot", "eta": "softplus", "window": 8, "gamma": "learned"},
+    "dot": {"memory": "matrix", "bias": "l2", "eta": "sigmoid"},
 }
 """Published models as settings; whatever is not named keeps its default."""
+
+DEEP = Form("mlp", "dot")
+"""The network and the loss of a deep memory."""
 
 
 def _tiny(preset: str, **more: Any) -> ExponentialMemoryConfig:
@@ -42,11 +45,13 @@ def _tiny(preset: str, **more: Any) -> ExponentialMemoryConfig:
 
 @MIXERS.register(
     "exponential_memory",
-    tiny=lambda: _tiny("deep_transformer"),
+    tiny=lambda: _tiny("deep_transformer", expansion=2),
     paper="arXiv:2505.23735",
     status="experimental",
     tinies={
-        "swdt": lambda: _tiny("swdt", window=3, eta="softplus"),
+        "swdt": lambda: _tiny("swdt", expansion=1, window=3, retention="const_head"),
+        "linear_deep_transformer": lambda: _tiny("deep_transformer", memory="matrix", eta="one"),
+        "linear_swdt": lambda: _tiny("swdt", memory="matrix", window=3),
         "dot": lambda: _tiny("dot"),
         "dot_kept": lambda: _tiny("dot", retention="none", learn_scale=False, conv=0, output_gate=False),
     },
@@ -62,6 +67,9 @@ class ExponentialMemoryConfig(MemoryLayerConfig):
     """A memory over all monomials of every degree, in dual form.
 
     preset: a published model; it fills the keys below, and keys given beside it override it.
+    memory: "matrix" W φ(k), or "mlp" k + W_1 gelu(W_2 k) with hidden width expansion * d_head (None: 4): W_2 as it
+    starts acts on keys and queries, what it learns on their features. Gradients are those of the memory before the
+    document, so that all tokens are treated at once; with bias: dot alone.
     bias: inner loss, "dot" −⟨M(φ(k)), v⟩ (a token writes its value) or "l2" ½|M(φ(k)) − v|² (it writes its error, as
     the delta rule does).
     retention: what is kept of the memory per token: all, 1 − 2^(−5−h) of head h, or a learned gate per head.
@@ -73,6 +81,8 @@ class ExponentialMemoryConfig(MemoryLayerConfig):
     """
 
     preset: Preset | None = None
+    memory: Literal["matrix", "mlp"] = "matrix"
+    expansion: int | None = Field(None, ge=1)
     bias: Bias = "dot"
     retention: Literal["none", "const_head", "scalar"] = "scalar"
     window: int = Field(1, ge=1)
@@ -97,6 +107,13 @@ class ExponentialMemoryConfig(MemoryLayerConfig):
                 f"exponential_memory: window {self.window} with bias: l2 takes the error of each token {self.window} "
                 f"times, which has no form over one square of tokens; use window: 1, or bias: dot"
             )
+        if self.bias == "l2" and self.memory == "mlp":
+            raise UserError(
+                "exponential_memory: memory: mlp with bias: l2 has no closed form, each error depends on all before "
+                "through the network; use memory: matrix or bias: dot, or test_time_memory with phi: poly2 and a chunk"
+            )
+        if self.memory == "matrix" and self.expansion is not None:
+            raise UserError("exponential_memory: expansion has no effect with memory: matrix; remove it")
         if self.eta == "one" and self.eta_start is not None:
             raise UserError("exponential_memory: eta_start has no effect with eta: one; remove one")
         if self.eta == "sigmoid" and (self.eta_start or 0.0) >= 1:
@@ -107,6 +124,10 @@ class ExponentialMemoryConfig(MemoryLayerConfig):
     def forgets(self) -> bool:
         """Whether there is a retention gate."""
         return self.retention != "none"
+
+    def hidden(self, d_head: int) -> int:
+        """Width of the hidden layer; 0 where there is none."""
+        return 0 if self.memory == "matrix" else (self.expansion or 4) * d_head
 
     def gate_form(self) -> GateForm:
         usual = 0.5 if self.eta == "sigmoid" else 0.1
@@ -132,34 +153,46 @@ class ExponentialMemoryConfig(MemoryLayerConfig):
 
     def core_cost(self, d_head: int, seq_len: int, mode: Mode) -> Cost:
         h = self.n_heads
-        params = h * (sum(self.gate_form().sections(d_head).values()) + self.learn_scale)
+        hidden = self.hidden(d_head)
+        params = h * (sum(self.gate_form().sections(d_head).values()) + self.learn_scale + 2 * d_head * hidden)
         seen = seq_len + 1.0 if mode == "decode" else (seq_len + 1) / 2
-        pairs = 4.0 * d_head * seen
+        pairs = 4.0 * (d_head + hidden) * seen
         if self.bias == "l2":
             pairs += 2.0 * d_head * (seen if mode != "decode" else 2 * seq_len + 1)
-        return Cost(params, params, h * pairs, h * pairs, h * seq_len * (self.key_row(d_head) + d_head))
+        row = self.key_row(d_head) + d_head + 2 * hidden
+        return Cost(params, params, h * (pairs + 8.0 * d_head * hidden), h * pairs, h * seq_len * row)
 
 
 class Pairs(NamedTuple):
     """What a memory holds of S tokens: keys [B, H, S, d], updates [B, H, S, d_v], log_alpha [B, H, S] or None, rates
-    [B, H, S, c] or None (the updates are already multiplied by them)."""
+    [B, H, S, c] or None (the updates are already multiplied by them).
+
+    hidden, first_updates [B, H, S, hidden]: of an MLP; both None otherwise."""
 
     keys: Tensor
     updates: Tensor
     log_alpha: Tensor | None
     rates: Tensor | None
+    hidden: Tensor | None = None
+    first_updates: Tensor | None = None
 
 
 class ExponentialCore(nn.Module):
-    """The memories of all heads. log_scale [H]: of the features' kernel, where it learns."""
+    """The memories of all heads. log_scale [H]: of the features' kernel, where it learns; w1 [H, d, hidden] and
+    w2 [H, hidden, d]: initial weights of an MLP."""
 
     def __init__(self, config: ExponentialMemoryConfig, d_head: int) -> None:
         super().__init__()
         self.config, self.d_head = config, d_head
+        self.n_hidden = config.hidden(d_head)
         self.log_scale = nn.Parameter(torch.empty(config.n_heads)) if config.learn_scale else None
+        if self.n_hidden:
+            self.w1 = nn.Parameter(torch.empty(config.n_heads, d_head, self.n_hidden))
+            self.w2 = nn.Parameter(torch.empty(config.n_heads, self.n_hidden, d_head))
 
     def init_spec(self) -> dict[str, Init]:
-        return {"log_scale": constant(math.log(self.config.scale))}
+        log_scale = constant(math.log(self.config.scale))
+        return {"log_scale": log_scale, "w1": normal(0.02), "w2": normal(self.d_head**-0.5)}
 
     def scale(self, like: Tensor) -> Tensor:
         """[H], in the dtype of `like`."""
@@ -199,12 +232,15 @@ class ExponentialCore(nn.Module):
 
     def _write(self, k: Tensor, v: Tensor, gates: Gates, before: Tensor, past: Pairs | None) -> Pairs:
         """The pairs of these tokens. before: which tokens, those of the past first, each may know for its error."""
-        log_alpha, eta = gates.log_alpha, gates.eta
-        rates = eta[..., None] * gates.gamma
-        if self.config.window > 1:
-            return Pairs(k, v, log_alpha, rates)
+        log_alpha = gates.log_alpha
+        rates = gates.eta[..., None] * gates.gamma
         if self.config.bias == "dot":
-            return Pairs(k, rates * v, log_alpha, None)
+            windowed = self.config.window > 1
+            hidden = first = None
+            if self.n_hidden:
+                (hidden, _), (_, error) = gradient_factors(DEEP, self._weights(k), k, v, None)
+                first = -error if windowed else -rates * error
+            return Pairs(k, v if windowed else rates * v, log_alpha, rates if windowed else None, hidden, first)
         all_log_alpha = log_alpha
         if past is not None and past.log_alpha is not None and log_alpha is not None:
             all_log_alpha = torch.cat([past.log_alpha, log_alpha], dim=-1)
@@ -217,7 +253,16 @@ class ExponentialCore(nn.Module):
         write = kept(pairs.log_alpha, seen, q)
         if pairs.rates is not None:
             write = written(write, pairs.rates, seen)
-        return (exponential_kernel(q, pairs.keys, self.scale(q)) * write) @ pairs.updates
+        scores = exponential_kernel(q, pairs.keys, self.scale(q)) * write
+        if pairs.hidden is None or pairs.first_updates is None:
+            return scores @ pairs.updates
+        w1, w2 = self._weights(q)
+        start = kept_from_start(pairs.log_alpha, seen, q)
+        asked = gelu(start * times(q, w2) + scores @ pairs.first_updates)
+        return q + start * times(asked, w1) + ((asked @ pairs.hidden.mT) * write) @ pairs.updates
+
+    def _weights(self, like: Tensor) -> Weights:
+        return self.w1.to(like.dtype), self.w2.to(like.dtype)
 
     def _packed(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Rows of the cache, [B, S, H, n] each."""
@@ -226,21 +271,23 @@ class ExponentialCore(nn.Module):
             parts.append(pairs.log_alpha[..., None])
         if pairs.rates is not None:
             parts.append(pairs.rates)
-        return torch.cat(parts, dim=-1).transpose(1, 2), pairs.updates.transpose(1, 2)
+        updates = [x for x in (pairs.updates, pairs.hidden, pairs.first_updates) if x is not None]
+        return torch.cat(parts, dim=-1).transpose(1, 2), torch.cat(updates, dim=-1).transpose(1, 2)
 
     def _unpacked(self, keys: Tensor, updates: Tensor) -> Pairs:
         d, forgets = self.d_head, self.config.forgets
         rows = keys.transpose(1, 2)
         log_alpha = rows[..., d] if forgets else None
         rates = rows[..., d + forgets :] if self.config.window > 1 else None
-        return Pairs(rows[..., :d], updates.transpose(1, 2), log_alpha, rates)
+        updates, *deep = updates.transpose(1, 2).split([d] + [self.n_hidden] * (2 if self.n_hidden else 0), dim=-1)
+        return Pairs(rows[..., :d], updates, log_alpha, rates, *deep)
 
     def new_state(
         self, batch: int, capacity: int, *, n_tentative: int, dtype: torch.dtype, device: torch.device | str
     ) -> KVState:
         """An empty cache, in at least fp32."""
-        row, n_heads = self.config.key_row(self.d_head), self.config.n_heads
-        return KVState(batch, capacity + n_tentative, n_heads, row, self.d_head, dtype=wide(dtype), device=device)
+        n_heads, row, width = self.config.n_heads, self.config.key_row(self.d_head), self.d_head + 2 * self.n_hidden
+        return KVState(batch, capacity + n_tentative, n_heads, row, width, dtype=wide(dtype), device=device)
 
 
 class ExponentialMemory(MemoryMixer):

@@ -101,9 +101,9 @@ def taylor(degree: int, core: ExponentialCore) -> Outer:
 
 
 LINEAR = {
-    "deep_transformer": {"preset": "deep_transformer"},
-    "swdt": {"preset": "swdt", "window": 3},
-    "swdt wide": {"preset": "swdt", "window": T + 3},
+    "deep_transformer": {"preset": "deep_transformer", "memory": "matrix"},
+    "swdt": {"preset": "swdt", "memory": "matrix", "window": 3},
+    "swdt wide": {"preset": "swdt", "memory": "matrix", "window": T + 3},
     "dot": {"preset": "dot"},
     "dot kept": {"preset": "dot", "retention": "none"},
     "dot fixed": {"preset": "dot", "learn_scale": False},
@@ -122,7 +122,7 @@ def test_linear_memories_equal_the_token_recurrence(keys: dict[str, Any]) -> Non
 
 def test_a_linear_deep_transformer_is_attention_without_a_denominator() -> None:
     """Times e^-scale for features of length 1."""
-    core = core_of(config(preset="deep_transformer", retention="none", gamma_norm="none", learn_scale=False))
+    core = core_of(config(retention="none", learn_scale=False))
     q, k, v, gates = sample(forgets=False)
     gates = gates._replace(eta=torch.ones_like(gates.eta), gamma=torch.ones_like(gates.gamma))
     weights = (torch.einsum("bthd,bshd->bhts", q, k) * SCALE).exp().tril()
@@ -131,13 +131,18 @@ def test_a_linear_deep_transformer_is_attention_without_a_denominator() -> None:
 
 
 def test_a_window_of_one_is_the_deep_transformer() -> None:
-    """Also where the rates stand in the cache instead of in the updates."""
-    wide, narrow = core_of(config(preset="swdt", window=2)), core_of(config(preset="deep_transformer"))
-    q, k, v, gates = sample(2)
-    alone = gates._replace(gamma=torch.stack([gates.gamma[..., 0], torch.zeros_like(gates.eta)], dim=-1))
-    assert torch.allclose(
-        whole(wide, q, k, v, alone), whole(narrow, q, k, v, gates._replace(gamma=gates.gamma[..., :1])), atol=1e-12
-    )
+    """Also where the rates stand in the cache instead of in the updates; linear and deep."""
+    for memory in ("matrix", "mlp"):
+        wide, narrow = (
+            core_of(config(preset=p, memory=memory, **k))
+            for p, k in (("swdt", {"window": 2}), ("deep_transformer", {}))
+        )
+        narrow.load_state_dict(wide.state_dict())
+        q, k, v, gates = sample(2)
+        alone = gates._replace(gamma=torch.stack([gates.gamma[..., 0], torch.zeros_like(gates.eta)], dim=-1))
+        assert torch.allclose(
+            whole(wide, q, k, v, alone), whole(narrow, q, k, v, gates._replace(gamma=gates.gamma[..., :1])), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("keys", LINEAR.values(), ids=LINEAR.keys())
@@ -158,6 +163,31 @@ def test_the_truncated_feature_map_converges_to_the_dual_form(keys: dict[str, An
         gaps.append(float((y.detach() - exact).abs().max()))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 1e-2 and gaps[-1] < 1e-9, gaps
+
+
+@pytest.mark.parametrize("keys", [{}, {"retention": "none"}, {"preset": "swdt", "window": 3}], ids=str)
+def test_deep_memories_equal_the_token_loop_over_the_truncated_map(keys: dict[str, Any]) -> None:
+    """Inner gradients by autograd at the memory before the document; its first layer acts on the monomials of degree 1,
+    which are the keys themselves."""
+    given = config(**({"preset": "deep_transformer", "expansion": 2} | keys))
+    core = core_of(given)
+    with torch.no_grad():
+        core.w1.mul_(30)
+    q, k, v, gates = sample(given.window, forgets=given.forgets)
+    with torch.no_grad():
+        exact = (whole(core, q, k, v, gates) - q).transpose(1, 2)
+    tokens = each_tensor(Tokens(q, k, v, gates), lambda x: x.detach().transpose(1, 2))
+    scale = core.scale(q).detach()[:, None, None]
+    gaps = []
+    for degree in (1, 4, 18):
+        w2 = torch.zeros(HEADS, core.n_hidden, math.comb(D + degree, degree), dtype=torch.float64)
+        powers = [b for b in itertools.product(range(degree + 1), repeat=D) if sum(b) <= degree]
+        columns = [powers.index(tuple(int(i == j) for i in range(D))) for j in range(D)]
+        w2[..., columns] = core.w2.detach() / (scale.sqrt() * (-scale / 2).exp())
+        form = Form("mlp", "dot", window=given.window, block=T)
+        y, _ = run_reference(form, taylor(degree, core), (core.w1.detach(), w2), tokens)
+        gaps.append(float((y.detach() - exact).abs().max()))
+    assert gaps[0] > 1e-3 and gaps[0] > gaps[1] and gaps[-1] < 1e-9, gaps
 
 
 @pytest.mark.parametrize("preset", get_args(Preset))
@@ -184,6 +214,8 @@ def test_presets_and_what_is_refused() -> None:
         assert ExponentialMemoryConfig.model_validate(made.to_dict()) == made
     for keys, match in (
         ({"preset": "dot", "window": 2}, "takes the error of each token 2 times"),
+        ({"preset": "dot", "memory": "mlp"}, "has no closed form"),
+        ({"preset": "dot", "expansion": 2}, "expansion has no effect"),
         ({"preset": "deep_transformer", "eta": "one", "eta_start": 0.5}, "eta_start has no effect"),
         ({"preset": "dot", "eta_start": 1.5}, "must be below 1"),
         ({"retention": "vector"}, "vector"),
