@@ -3,6 +3,11 @@
 Continue prompts with a trained model. RUN is a run folder, one of its checkpoints, or a folder of a Hugging Face model.
 Each --prompt is one prompt; --file takes a UTF-8 file as one; with neither, stdin is read. "" starts a new text.
 
+  --speculate DRAFTER      draft tokens and check them in one forward; the output has the same law, and is the same with
+                           temperature=0. lookup (what came behind the same words before), slice:1/4 (part of a nested
+                           model), loops:1 (a looped model with fewer loops), model:PATH (a smaller model)
+  --draft-tokens N         tokens drafted at once (default 4); auto chooses by acceptance and cost, auto:N at most N
+
 keys:
   max_new_tokens=256      how much to write
   temperature=0.8         0 takes the likeliest token each time
@@ -22,10 +27,12 @@ keys:
   context=                most tokens of prompt and output (default: the model's max_seq_len)
   max_batch=32            prompts that run together
   tokenizer=              folder of the tokenizer, if it does not lie with the model
+  compare=true            with --speculate: generate once more without, and tell the speed-up
   num_threads=            CPU threads (default: one for small models, where more cost time)
 
 examples:
   python launch/generate.py runs/quickstart --prompt "def " max_new_tokens=100 top_k=40
+  python launch/generate.py runs/quickstart --speculate lookup --prompt "import os" temperature=0
   echo "import os" | python launch/generate.py runs/quickstart temperature=0 stop='["\\n\\n"]'
 """
 
@@ -40,7 +47,7 @@ if __name__ == "__main__":
 import json
 import random
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -49,6 +56,9 @@ from llm.config.load import load_config
 from llm.core.errors import UserError
 from llm.generate.sampling import Sampling
 from llm.models.nesting import SliceOptions
+
+if TYPE_CHECKING:
+    from llm.generate.engine import Speculation
 
 SMALL = 100_000_000
 """Parameters times sequences below which the threads of one step would wait for one another longer than they work."""
@@ -68,6 +78,7 @@ class GenerateOptions(Sampling, SliceOptions):
     context: int | None = Field(None, ge=2)
     max_batch: int = Field(32, ge=1)
     tokenizer: str | None = None
+    compare: bool = True
     num_threads: int | None = Field(None, ge=1)
 
 
@@ -77,6 +88,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--file", action="append", default=[])
+    parser.add_argument("--speculate")
+    parser.add_argument("--draft-tokens")
     parser.add_argument("options", nargs="*")
     given = parser.parse_args(_options_last(argv))
     options = load_config(GenerateOptions, _only_keys(given.options))
@@ -84,8 +97,10 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from llm.generate.drafters import Drafter
     from llm.generate.engine import Engine
     from llm.generate.load import DTYPES, load_model, pick_device
+    from llm.generate.speculation import make_draft_length, make_drafter
     from llm.generate.text import generate_text
     from llm.models.nesting import set_widths
 
@@ -112,7 +127,23 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"stream=true prints one continuation as text; given: {len(repeated)} continuations, jsonl={options.jsonl}"
         )
-    engine = Engine(model, eos_id=tokenizer.eos_id, max_batch=options.max_batch, context=options.context)
+    if given.draft_tokens is not None and given.speculate is None:
+        raise UserError("--draft-tokens has no effect without --speculate; add one, or remove it")
+    drafter: Drafter | None = None
+    if given.speculate is not None:
+        drafter = make_drafter(given.speculate, model, tokenizer, device=device, dtype=DTYPES[options.precision])
+
+    def new_engine(drafter: Drafter | None) -> Engine:
+        return Engine(
+            model,
+            eos_id=tokenizer.eos_id,
+            max_batch=options.max_batch,
+            context=options.context,
+            drafter=drafter,
+            draft_length=make_draft_length(given.draft_tokens or "4"),
+        )
+
+    engine = new_engine(drafter)
     finishes = ["" for _ in repeated]
     n_tokens = 0
     first_token: float | None = None
@@ -139,6 +170,36 @@ def main(argv: list[str]) -> None:
     else:
         _print(options, repeated, texts, finishes, samplings)
     _summary(n_tokens, ended - began, (first_token or ended) - began, finishes, seed, engine.context)
+    if drafter is not None:
+        plain: float | None = None
+        if options.compare:
+            made, n_tokens, first_token = n_tokens, 0, None
+            started = time.perf_counter()
+            generate_text(model, tokenizer, repeated, samplings, on_token=on_token, engine=new_engine(None))
+            plain = (made / (ended - began)) / (n_tokens / (time.perf_counter() - started))
+        _speculation_summary(drafter.name, engine.speculation, plain)
+
+
+def _speculation_summary(name: str, speculation: Speculation, speed_up: float | None) -> None:
+    parts = [
+        f"speculation with {name}: {speculation.acceptance:.1%} of {speculation.n_drafted} drafted tokens accepted",
+        f"{speculation.tokens_per_forward:.2f} tokens per verification",
+        f"peak memory {_peak_bytes() / 2**20:,.0f} MiB",
+    ]
+    if speed_up is not None:
+        parts.append(f"{speed_up:.2f} times as fast as plain decoding of the same prompts")
+    print("; ".join(parts), file=sys.stderr)
+
+
+def _peak_bytes() -> int:
+    """Of this process, on the GPU where there is one."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _options_last(argv: list[str]) -> list[str]:
@@ -147,7 +208,7 @@ def _options_last(argv: list[str]) -> list[str]:
     words: list[str] = []
     rest = iter(argv)
     for word in rest:
-        if word in ("--prompt", "--file"):
+        if word in ("--prompt", "--file", "--speculate", "--draft-tokens"):
             value = next(rest, None)
             if value is None:
                 raise UserError(f"{word} needs a value (see --help)")

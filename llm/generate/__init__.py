@@ -1,8 +1,22 @@
 """Generation: a trained model and prompts in, tokens or text out."""
 
+from llm.generate.draft_length import DraftLength
+from llm.generate.drafters import LookupDrafter, ModelDrafter, SelfDrafter
 from llm.generate.engine import Completion, Engine, TokenEvent
 from llm.generate.load import load_model
 from llm.generate.sampling import Sampling
 from llm.generate.text import TextStream, generate_text
 
-__all__ = ["Completion", "Engine", "Sampling", "TextStream", "TokenEvent", "generate_text", "load_model"]
+__all__ = [
+    "Completion",
+    "DraftLength",
+    "Engine",
+    "LookupDrafter",
+    "ModelDrafter",
+    "Sampling",
+    "SelfDrafter",
+    "TextStream",
+    "TokenEvent",
+    "generate_text",
+    "load_model",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +13,10 @@ from torch import Tensor
 
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
+from llm.core.state import DecodeState
+from llm.generate.draft_length import DraftLength
+from llm.generate.drafters import Batch, Draft, Drafter
+from llm.generate.prefill import prefill
 from llm.generate.sampling import Sampler, Sampling
 from llm.models.decoder import DecoderLike
 
@@ -35,6 +41,34 @@ class Completion:
     finish: FinishReason = "length"
 
 
+@dataclass
+class Speculation:
+    """What came of speculative decoding so far. n_rounds: drafts checked, one for each row of a forward; n_drafted,
+    n_accepted: their tokens; by_accepted: number of rounds by how many tokens were kept."""
+
+    n_rounds: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    by_accepted: Counter[int] = field(default_factory=Counter)
+
+    def add(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """One more forward, with the tokens of each row."""
+        self.n_rounds += len(drafted)
+        self.n_drafted += sum(drafted)
+        self.n_accepted += sum(accepted)
+        self.by_accepted.update(accepted)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that were kept."""
+        return self.n_accepted / self.n_drafted if self.n_drafted else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens that a forward gave, per row: those kept and one more."""
+        return 1 + self.n_accepted / self.n_rounds if self.n_rounds else 1.0
+
+
 StopCheck = Callable[[int, int], bool]
 """(request, token) -> whether the output ends with this token; called once for each token, in order."""
 
@@ -44,7 +78,8 @@ class Engine:
 
     eos_id: token that ends a text (None: there is none). max_batch: requests that run together. prefill_chunk: tokens
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
-    max_seq_len; more than that only where its position encoding allows it).
+    max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
+    outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once.
     """
 
     def __init__(
@@ -55,8 +90,17 @@ class Engine:
         max_batch: int = 32,
         prefill_chunk: int | None = 1024,
         context: int | None = None,
+        drafter: Drafter | None = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
         self.model = model
+        self.drafter, self.draft_length = drafter, draft_length or DraftLength()
+        self.speculation = Speculation()
+        if drafter is not None and drafter.vocab_size not in (None, model.config.required_vocab_size()):
+            raise UserError(
+                f"{drafter.name} drafts with a vocabulary of {drafter.vocab_size}, the model has "
+                f"{model.config.required_vocab_size()}"
+            )
         self.eos_id = eos_id
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
@@ -127,32 +171,78 @@ class Engine:
         lengths = [len(prompt) for prompt in prompts]
         limits = [min(s.max_new_tokens, self.context - n) for s, n in zip(samplings, lengths, strict=True)]
         capacity = max(n + limit for n, limit in zip(lengths, limits, strict=True))
-        state = self.model.new_state(len(prompts), capacity, dtype=self.dtype, device=self.device)
+        most = self.draft_length.most if self.drafter is not None else 0
+        state = self.model.new_state(
+            len(prompts), capacity, n_tentative=most + 1 if most else 0, dtype=self.dtype, device=self.device
+        )
         sampler = Sampler(samplings, prompts, self.model.config.required_vocab_size(), self.device)
-        hidden = self._prefill(prompts, lengths, state)
-        positions = torch.tensor(lengths, device=self.device)[:, None]
-        made = 0
+        pending = sampler(self.model.head(prefill(self.model, prompts, state, self.prefill_chunk)))
+        if self.drafter is not None:
+            self.drafter.start(Batch(prompts, samplings, capacity, most), pending)
+            self.draft_length.start(len(prompts))
+        made = [0] * len(requests)
+        new = [[token] for token in pending.tolist()]
         while True:
-            ids = sampler(self.model.head(hidden))
-            made += 1
             going: list[int] = []
-            for row, token in enumerate(ids.tolist()):
-                finish = self._finish(requests[row], token, made, limits[row], samplings[row], stop)
+            for row, tokens in enumerate(new):
+                finish: FinishReason | None = None
+                for token in tokens:
+                    made[row] += 1
+                    finish = self._finish(requests[row], token, made[row], limits[row], samplings[row], stop)
+                    yield TokenEvent(requests[row], token, finish)
+                    if finish is not None:
+                        break
                 if finish is None:
                     going.append(row)
-                yield TokenEvent(requests[row], token, finish)
             if not going:
                 return
             if len(going) < len(requests):
                 index = torch.tensor(going, device=self.device)
                 state.reorder(index)
                 sampler.keep(going)
-                ids, positions = ids[index], positions[index]
+                pending = pending[index]
                 requests = [requests[row] for row in going]
                 limits = [limits[row] for row in going]
                 samplings = [samplings[row] for row in going]
-            hidden = self.model(ids[:, None], SeqInfo(positions=positions), state=state).hidden[:, -1]
-            positions = positions + 1
+                made = [made[row] for row in going]
+                if self.drafter is not None:
+                    self.drafter.keep(going)
+                    self.draft_length.keep(going)
+            if self.drafter is None:
+                seq = SeqInfo(positions=state.end()[:, None])
+                pending = sampler(self.model.head(self.model(pending[:, None], seq, state=state).hidden[:, -1]))
+                new = [[token] for token in pending.tolist()]
+            else:
+                room = [limit - n - 1 for limit, n in zip(limits, made, strict=True)]
+                pending, new = self._speculate(self.drafter, pending, room, state, sampler)
+
+    def _speculate(
+        self, drafter: Drafter, pending: Tensor, room: list[int], state: DecodeState, sampler: Sampler
+    ) -> tuple[Tensor, list[list[int]]]:
+        """(pending [B], the new tokens of each row) after a draft of at most room[b] tokens and one forward."""
+        started = time.perf_counter()
+        most = self.draft_length.next()
+        wanted = [min(n, most) for n in room]
+        counts = torch.tensor(wanted, device=self.device)
+        draft = Draft(pending.new_zeros(len(pending), 0), torch.zeros_like(counts))
+        if max(wanted) > 0:
+            draft = drafter.propose(pending, counts, state, sampler)
+        drafted = time.perf_counter()
+        n = draft.tokens.shape[1]
+        steps = torch.arange(n + 1, device=self.device)
+        valid = None if int(draft.counts.min()) == n else steps <= draft.counts[:, None]
+        state.begin(n + 1)
+        seq = SeqInfo(positions=state.end()[:, None] + steps, valid=valid)
+        hidden = self.model(torch.cat([pending[:, None], draft.tokens], dim=1), seq, state=state).hidden
+        accepted, ids = sampler.accept(self.model.head(hidden), draft.tokens, draft.counts, draft.q)
+        state.commit(accepted + 1)
+        drafter.committed(draft, accepted, ids)
+        given, kept = draft.counts.tolist(), accepted.tolist()
+        rows = zip(draft.tokens.tolist(), kept, ids.tolist(), strict=True)
+        new = [[*tokens[:a], token] for tokens, a, token in rows]
+        self.speculation.add(given, kept)
+        self.draft_length.observe(given, kept, drafted - started, time.perf_counter() - drafted)
+        return ids, new
 
     def _finish(
         self, request: int, token: int, made: int, limit: int, sampling: Sampling, stop: StopCheck | None
@@ -164,26 +254,3 @@ class Engine:
         if made >= limit:
             return "length" if limit == sampling.max_new_tokens else "context"
         return None
-
-    def _prefill(self, prompts: list[Sequence[int]], lengths: list[int], state: object) -> Tensor:
-        """Read right-padded prompts into the state; hidden [B, D] of each row's last token."""
-        longest = max(lengths)
-        chunk = self.prefill_chunk or longest
-        ragged = min(lengths) < longest
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : lengths[row]] = torch.as_tensor(prompt)
-        tokens = tokens.to(self.device)
-        ends = torch.tensor(lengths, device=self.device)
-        last: Tensor | None = None
-        for start in range(0, longest, chunk):
-            part = tokens[:, start : start + chunk]
-            positions = torch.arange(start, start + part.shape[1], device=self.device).expand(len(prompts), -1)
-            valid = positions < ends[:, None] if ragged else None
-            hidden = self.model(part, SeqInfo(positions=positions, valid=valid), state=state).hidden  # type: ignore[arg-type]
-            at = ends - 1 - start
-            inside = (at >= 0) & (at < part.shape[1])
-            here = hidden[torch.arange(len(prompts), device=self.device), at.clamp(0, part.shape[1] - 1)]
-            last = here if last is None else torch.where(inside[:, None], here, last)
-        assert last is not None
-        return last

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from llm.config.base import Config, Count
 from llm.core.errors import UserError
+from llm.generate.acceptance import accept_greedy, accept_sampled
+from llm.generate.draw import draw
 
 
 def _as_list(value: object) -> object:
@@ -86,25 +88,16 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return out
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[B] ids by inverse distribution function: probs [B, V], uniform [B] in [0, 1). Never an id of probability 0."""
-    cdf = probs.double().cumsum(dim=-1)
-    target = uniform.to(cdf)[:, None] * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, target, right=True).squeeze(1)
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(ids, last)
-
-
 class Sampler:
     """Draws the tokens of a batch; row b has its own settings and its own stream of random numbers.
 
-    prompts: token ids of each row, for the repetition penalty.
+    prompts: token ids of each row, for the repetition penalty; None: `seen` is set from outside.
     """
 
     def __init__(
         self,
         samplings: Sequence[Sampling],
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None,
         vocab_size: int,
         device: torch.device | str,
     ) -> None:
@@ -112,7 +105,7 @@ class Sampler:
         self.streams = [random.Random(s.seed) for s in samplings]
         self.device = device
         self.seen: Tensor | None = None
-        if any(s.repetition_penalty != 1 for s in samplings):
+        if prompts is not None and any(s.repetition_penalty != 1 for s in samplings):
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
                 self.seen[row, torch.as_tensor(list(prompt), device=device)] = True
@@ -145,12 +138,72 @@ class Sampler:
             self.seen.scatter_(1, ids[:, None], True)
         return ids
 
+    def draft(self, logits: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids [B], the probabilities [B, V] that they were drawn from) for logits [B, V]. active [B] bool: rows whose
+        token counts; the others use no random number."""
+        logits = logits.float()
+        ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        probs = torch.zeros_like(logits)
+        wanted = active.tolist()
+        for sampling, rows in self.groups:
+            rows = [row for row in rows if wanted[row]]
+            if not rows:
+                continue
+            processed = self._penalised(logits[rows], sampling, rows)
+            if sampling.greedy:
+                ids[rows] = processed.argmax(dim=-1)
+                continue
+            probs[rows] = filtered(processed, sampling).softmax(dim=-1)
+            ids[rows] = draw(probs[rows], self._uniform(rows, 1)[:, 0].to(logits.device))
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], self.seen.gather(1, ids[:, None]) | active[:, None])
+        return ids, probs
+
+    def accept(self, logits: Tensor, drafts: Tensor, counts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(accepted [B], next ids [B]) of drafts [B, N] that were drawn from q [B, N, V] (None: they were certain), of
+        row b the first counts[b], by the model's logits [B, N + 1, V]."""
+        logits = logits.float()
+        accepted, ids = torch.zeros_like(counts), torch.zeros_like(counts)
+        for sampling, rows in self.groups:
+            n = max(int(counts[rows].max()), 0)
+            part, mine, most = logits[rows][:, : n + 1], drafts[rows][:, :n], counts[rows]
+            processed = self._penalised(part, sampling, rows, mine)
+            if sampling.greedy:
+                accepted[rows], ids[rows] = accept_greedy(processed.argmax(dim=-1), mine, most)
+                continue
+            p = filtered(processed.flatten(0, 1), sampling).softmax(dim=-1).view_as(processed)
+            uniform = self._uniform(rows, n + 1, [int(c) + 1 for c in most.tolist()]).to(p.device)
+            accepted[rows], ids[rows] = accept_sampled(p, None if q is None else q[rows][:, :n], mine, most, uniform)
+        if self.seen is not None:
+            kept = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
+            new = torch.cat([torch.where(kept, drafts, ids[:, None]), ids[:, None]], dim=1)
+            self.seen.scatter_(1, new, True)
+        return accepted, ids
+
+    def _uniform(self, rows: Sequence[int], n: int, counts: Sequence[int] | None = None) -> Tensor:
+        """[R, n] random numbers, of each row as many as counts says (None: n), one of them in the last column."""
+        drawn = []
+        for i, row in enumerate(rows):
+            own = [self.streams[row].random() for _ in range(n if counts is None else counts[i])]
+            drawn.append([*own[:-1], *[0.0] * (n - len(own)), own[-1]])
+        return torch.tensor(drawn, dtype=torch.float64)
+
+    def _penalised(
+        self, logits: Tensor, sampling: Sampling, rows: Sequence[int], following: Tensor | None = None
+    ) -> Tensor:
+        """Logits [R, V], or [R, N + 1, V] of places behind the output so far and the tokens `following` [R, N]."""
+        if sampling.repetition_penalty == 1:
+            return logits
+        assert self.seen is not None
+        seen = self.seen[list(rows)]
+        if following is None:
+            return penalise(logits, seen, sampling.repetition_penalty)
+        each = torch.zeros_like(logits, dtype=torch.bool)
+        each[:, 1:].scatter_(2, following[..., None], True)
+        return penalise(logits, seen[:, None] | (each.cumsum(dim=1) > 0), sampling.repetition_penalty)
+
     def _pick(self, logits: Tensor, sampling: Sampling, rows: list[int]) -> Tensor:
-        if sampling.repetition_penalty != 1:
-            assert self.seen is not None
-            seen = self.seen if len(rows) == len(self.seen) else self.seen[rows]
-            logits = penalise(logits, seen, sampling.repetition_penalty)
+        logits = self._penalised(logits, sampling, rows)
         if sampling.greedy:
             return logits.argmax(dim=-1)
-        uniform = torch.tensor([self.streams[row].random() for row in rows], dtype=torch.float64, device=logits.device)
-        return draw(filtered(logits, sampling).softmax(dim=-1), uniform)
+        return draw(filtered(logits, sampling).softmax(dim=-1), self._uniform(rows, 1)[:, 0].to(logits.device))

@@ -160,3 +160,34 @@ def test_a_learned_position_table_is_the_limit(cli: Cli, tmp_path: Path) -> None
     learned = write_run(tmp_path / "learned", model={**MODEL, "position": "learned"})
     done = cli("generate", learned, "--prompt", "x", "context=100")
     assert done.code == 2 and "context=100 is longer than the model's position table of 48" in done.err
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "lookup:2", "model"])
+def test_speculation_changes_nothing_but_the_time(cli: Cli, run_folder: Path, drafter: str) -> None:
+    command = ["generate", str(run_folder), "--prompt", "ab ab ab", "--prompt", "x", "temperature=0"]
+    plain = cli(*command, "max_new_tokens=30")
+    words = [f"model:{run_folder}"] if drafter == "model" else [drafter]
+    found = cli(*command, "--speculate", *words, "--draft-tokens", "3", "max_new_tokens=30")
+    assert (found.code, found.out) == (plain.code, plain.out) == (0, plain.out)
+    assert "tokens per verification" in found.err
+    assert "times as fast as plain decoding" in found.err
+    if drafter == "model":
+        assert "100.0% of" in found.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speculate", "guess"], "cannot draft with 'guess'; allowed: lookup"),
+        (["--speculate", "slice:1/4"], "slice is for nested models"),
+        (["--speculate", "loops:1"], "is for a looped model"),
+        (["--speculate", "lookup:0"], "needs a whole number of at least 1"),
+        (["--speculate", "lookup", "--draft-tokens", "many"], "needs a whole number"),
+        (["--draft-tokens", "3"], "--draft-tokens has no effect without --speculate"),
+        (["--speculate", "model:nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_in_speculation(cli: Cli, run_folder: Path, words: list[str], message: str) -> None:
+    found = cli("generate", str(run_folder), "--prompt", "x", *words)
+    assert found.code == 2
+    assert message in found.err

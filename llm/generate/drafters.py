@@ -1,0 +1,255 @@
+"""Drafters of speculative decoding: text that came before, a part of the model itself, or a smaller model.
+
+Rows are those of the running batch. The pending token of a row is the last of its output, which no state has read yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llm.core.errors import UserError
+from llm.core.seq import SeqInfo
+from llm.core.state import DecodeState
+from llm.generate.prefill import prefill
+from llm.generate.sampling import Sampler, Sampling
+from llm.models.decoder import DecoderLike
+
+
+class Draft(NamedTuple):
+    """tokens [B, N], of row b the first counts[b]; q [B, N, V] what they were drawn from, None: they are certain."""
+
+    tokens: Tensor
+    counts: Tensor
+    q: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """A new batch: what its rows continue and how, of at most `capacity` tokens each; drafts have at most `most`."""
+
+    prompts: Sequence[Sequence[int]]
+    samplings: Sequence[Sampling]
+    capacity: int
+    most: int
+
+
+class Drafter(Protocol):
+    """Proposes tokens for the rows of one batch after another. vocab_size None: that of the model."""
+
+    name: str
+    vocab_size: int | None
+
+    def start(self, batch: Batch, pending: Tensor) -> None:
+        """A new batch; pending [B] is the first token of each output."""
+
+    def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
+        """At most counts[b] tokens behind pending [B]. state: the model's own; it must be as it was afterwards."""
+
+    def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
+        """accepted[b] tokens of the draft were kept, and ids [B] is pending now."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+
+
+class LookupDrafter:
+    """Continues as an earlier occurrence of the last n tokens did, in prompt or output (Saxena 2023, prompt lookup).
+
+    The longest match counts, n_max tokens at most, and of equally long ones the most recent.
+    """
+
+    name = "lookup"
+    vocab_size: int | None = None
+
+    def __init__(self, n_max: int = 3) -> None:
+        if n_max < 1:
+            raise UserError(f"lookup: matches of {n_max} tokens; the least is 1")
+        self.n_max = n_max
+        self.rows: list[NgramIndex] = []
+
+    def start(self, batch: Batch, pending: Tensor) -> None:
+        self.rows = [NgramIndex([*prompt, token], self.n_max) for prompt, token in zip(batch.prompts, pending.tolist())]
+
+    def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
+        found = [index.continuation(n) for index, n in zip(self.rows, counts.tolist())]
+        longest = max(len(tokens) for tokens in found)
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in found]
+        kept = torch.tensor([len(tokens) for tokens in found], device=counts.device)
+        return Draft(torch.tensor(padded, dtype=torch.int64, device=counts.device).view(len(found), longest), kept)
+
+    def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
+        for index, tokens, n, token in zip(self.rows, draft.tokens.tolist(), accepted.tolist(), ids.tolist()):
+            for each in (*tokens[:n], token):
+                index.append(each)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+
+
+class NgramIndex:
+    """Where each run of up to n_max tokens was last followed by something; a token more costs O(n_max)."""
+
+    def __init__(self, tokens: Sequence[int], n_max: int) -> None:
+        self.n_max = n_max
+        self.tokens: list[int] = []
+        self.follows: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """One more token."""
+        end = len(self.tokens)
+        for n in range(1, min(self.n_max, end) + 1):
+            self.follows[tuple(self.tokens[end - n :])] = end
+        self.tokens.append(token)
+
+    def continuation(self, most: int) -> list[int]:
+        """At most `most` tokens that came behind the longest known end of the text."""
+        for n in range(min(self.n_max, len(self.tokens)), 0, -1):
+            at = self.follows.get(tuple(self.tokens[len(self.tokens) - n :]))
+            if at is not None:
+                return self.tokens[at : at + most]
+        return []
+
+
+class SelfDrafter:
+    """Part of the model itself, on the model's own state: `within` is entered while it drafts (a slice of a nested
+    model, a loop with fewer loops). What it writes is rolled back before the model reads the draft."""
+
+    def __init__(self, model: DecoderLike, within: Callable[[], AbstractContextManager[None]], name: str) -> None:
+        self.model, self.within, self.name = model, within, name
+        self.vocab_size: int | None = None
+        self.streams: _DraftStreams | None = None
+
+    def start(self, batch: Batch, pending: Tensor) -> None:
+        self.streams = _DraftStreams(batch.samplings)
+
+    def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
+        assert self.streams is not None
+        most = int(counts.max())
+        state.begin(most)
+        with self.within():
+            draft = _draw_chain(self.model, state, pending, counts, self.streams.sampler(sampler))
+        state.abort()
+        return draft
+
+    def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
+        """The state is the model's."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        assert self.streams is not None
+        self.streams.keep(rows)
+
+
+class ModelDrafter:
+    """A smaller model of the same vocabulary, with a state of its own."""
+
+    def __init__(self, model: DecoderLike, name: str = "model", prefill_chunk: int | None = 1024) -> None:
+        self.model, self.name, self.prefill_chunk = model, name, prefill_chunk
+        self.vocab_size: int | None = model.config.required_vocab_size()
+        weight = next(model.parameters())  # type: ignore[attr-defined]
+        self.device, self.dtype = weight.device, weight.dtype
+        self.streams: _DraftStreams | None = None
+        self.state: DecodeState | None = None
+        self.unread = self.n_unread = torch.zeros(0, dtype=torch.int64)
+
+    def start(self, batch: Batch, pending: Tensor) -> None:
+        self.streams = _DraftStreams(batch.samplings)
+        self.state = self.model.new_state(
+            len(pending), batch.capacity, n_tentative=batch.most, dtype=self.dtype, device=self.device
+        )
+        prefill(self.model, batch.prompts, self.state, self.prefill_chunk)
+        self.unread, self.n_unread = pending[:, None], torch.ones_like(pending)
+
+    def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
+        assert self.state is not None and self.streams is not None
+        hidden = read(self.model, self.state, self.unread, self.n_unread)
+        self.n_unread = torch.zeros_like(self.n_unread)
+        self.unread = self.unread[:, :0]
+        self.state.begin(int(counts.max()))
+        return _draw_chain(self.model, self.state, pending, counts, self.streams.sampler(sampler), hidden)
+
+    def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
+        assert self.state is not None
+        n_read = (draft.counts - 1).clamp(min=0)
+        if self.state.n_tentative is not None:
+            self.state.commit(torch.minimum(accepted, n_read))
+        # The last token of a draft has not been read; if it was kept it comes before the one that is pending now.
+        missing = accepted > n_read
+        last = draft.tokens.gather(1, (accepted - 1).clamp(min=0)[:, None]) if draft.tokens.shape[1] else ids[:, None]
+        n_old = self.unread.shape[1]
+        place = torch.arange(n_old + 2, device=ids.device)
+        behind = torch.where((place == self.n_unread[:, None]) & missing[:, None], n_old, n_old + 1)
+        index = torch.where(place < self.n_unread[:, None], place, behind)
+        self.unread = torch.cat([self.unread, last, ids[:, None]], dim=1).gather(1, index)
+        self.n_unread = self.n_unread + 1 + missing
+
+    def keep(self, rows: Sequence[int]) -> None:
+        assert self.state is not None and self.streams is not None
+        index = torch.tensor(list(rows), device=self.device)
+        self.state.reorder(index)
+        self.streams.keep(rows)
+        self.unread, self.n_unread = self.unread[index], self.n_unread[index]
+
+
+class _DraftStreams:
+    """Random streams of drafts, apart from those of the model's own draws."""
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self.sampler_of_drafts = Sampler(
+            [s.replace(seed=None if s.seed is None else s.seed + DRAFT_SEED) for s in samplings], None, 0, "cpu"
+        )
+
+    def sampler(self, own: Sampler) -> Sampler:
+        """A sampler that has seen what the model's own has."""
+        self.sampler_of_drafts.seen = None if own.seen is None else own.seen.clone()
+        return self.sampler_of_drafts
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.sampler_of_drafts.seen = None
+        self.sampler_of_drafts.keep(rows)
+
+
+DRAFT_SEED = 0x5EED0000
+"""Between the seed of an output and that of its drafts."""
+
+
+def read(model: DecoderLike, state: DecodeState, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Hidden [B, D] of the last of counts[b] >= 1 more tokens [B, N]."""
+    n = int(counts.max())
+    steps = torch.arange(n, device=tokens.device)
+    valid = steps < counts[:, None] if int(counts.min()) < n else None
+    positions = state.end()[:, None] + steps
+    hidden = model(tokens[:, :n], SeqInfo(positions=positions, valid=valid), state=state).hidden
+    return hidden[torch.arange(len(tokens), device=tokens.device), counts - 1]
+
+
+def _draw_chain(
+    model: DecoderLike,
+    state: DecodeState,
+    pending: Tensor,
+    counts: Tensor,
+    sampler: Sampler,
+    hidden: Tensor | None = None,
+) -> Draft:
+    """counts[b] tokens, one after another, within the open transaction. hidden [B, D]: of the pending token, where the
+    state has read it already. The last token of each row is not read."""
+    tokens, probs = [], []
+    token = pending
+    for step in range(int(counts.max())):
+        active = counts > step
+        if hidden is None or step > 0:
+            positions = state.end()[:, None]
+            valid = None if bool(active.all()) else active[:, None]
+            hidden = model(token[:, None], SeqInfo(positions=positions, valid=valid), state=state).hidden[:, -1]
+        token, q = sampler.draft(model.head(hidden), active)
+        tokens.append(token)
+        probs.append(q)
+    if not tokens:
+        return Draft(pending.new_zeros(len(pending), 0), counts)
+    sampled = any(not s.greedy for s in sampler.samplings)
+    return Draft(torch.stack(tokens, dim=1), counts, torch.stack(probs, dim=1) if sampled else None)
