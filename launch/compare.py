@@ -13,7 +13,8 @@ Each candidate is laid over a base run (`base`, `run`); `match` chooses widths s
 The trainings are ordinary runs in runs/<name>/<candidate>-s<seed>. The same command again goes on where it was: a
 finished run is not repeated, a killed one resumes. A candidate that fails is reported and the others go on.
 Results: runs/<name>/<name>.md, .json and .png, copied to `out=FOLDER` if given.
-Exit codes: 0 done, 1 some candidate failed, 2 a mistake in the config.
+Exit codes: 0 done, 1 some candidate failed, 2 a mistake in the config, 75 stopped by SIGTERM or Ctrl-C: the trainings
+have been saved, the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     """Compare."""
     from evals.compare.config import CompareConfig
     from evals.compare.report import summarise, table, write
-    from evals.compare.runs import Finished, is_done, run_config, train_all
+    from evals.compare.runs import Finished, is_done, locked, refuse_foreign, run_config, train_all
     from evals.compare.solve import solve
     from llm.config.load import load_config
     from llm.core.errors import UserError
@@ -51,14 +52,21 @@ def main(argv: list[str]) -> int:
     if "--solve" in options:
         return 0
     folder = Path(config.runs_dir) / config.name
+    pairs = [(found, run_config(config, found, seed)) for seed in config.seeds for found in candidates]
+    for _, made in pairs:
+        refuse_foreign(made)
     if "--report" in options:
-        pairs = [(found, run_config(config, found, seed)) for seed in config.seeds for found in candidates]
         runs = [
             Finished(found.name, made.seed, Path(made.runs_dir) / made.name, None if is_done(made) else "not trained")
             for found, made in pairs
         ]
     else:
-        runs = train_all(config, candidates, lambda line: print(line, file=sys.stderr, flush=True))
+        try:
+            with locked(folder):
+                runs = train_all(config, candidates, lambda line: print(line, file=sys.stderr, flush=True))
+        except KeyboardInterrupt:
+            print("compare: stopped; the same command goes on", file=sys.stderr)
+            return 75
     measured = {found.name: _measured(found, config, folder) for found in candidates}
     result = summarise(config, candidates, runs, measured)
     write(result, folder)

@@ -18,6 +18,9 @@ from llm.train.callbacks.throughput import training_flops_per_token
 from llm.train.charts import smooth
 from llm.train.hardware import cpu_name
 
+N_NAMED = 14
+"""Curves that have a colour and a name besides the baseline's."""
+
 Series = tuple[str, list[Any], list[Any]]
 """(label, x, y)"""
 
@@ -31,7 +34,7 @@ def summarise(
     config: CompareConfig, candidates: list[Matched], runs: list[Finished], measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Everything that the table and the plots show, as plain data."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for matched in candidates:
         own = [run for run in runs if run.candidate == matched.name]
         evals = {run.seed: run.records("eval")[-1] for run in own if run.error is None and run.records("eval")}
@@ -54,6 +57,8 @@ def summarise(
         )
     done = next((run for run in runs if run.error is None and run.records("start")), None)
     start = done.records("start")[-1] if done is not None else {}
+    for row in rows:
+        row["differences"] = _differences(row["bits_per_byte"], rows[0]["bits_per_byte"])
     return {
         "tool": "compare",
         "name": config.name,
@@ -72,6 +77,12 @@ def summarise(
     }
 
 
+def _differences(own: dict[int, float | None], baseline: dict[int, float | None]) -> list[float]:
+    """Of the seeds that both have: the same seed means the same tokens in the same order."""
+    pairs = [(own.get(seed), baseline.get(seed)) for seed in own]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
 def _curve(runs: list[Finished]) -> list[tuple[int, float, float]]:
     """(tokens, mean over seeds of the smoothed training loss, mean seconds so far), thinned to 100 points."""
     losses: dict[int, list[tuple[float, float]]] = {}
@@ -84,11 +95,15 @@ def _curve(runs: list[Finished]) -> list[tuple[int, float, float]]:
             losses.setdefault(record["tokens"], []).append((loss, elapsed))
     n_seeds = max((len(values) for values in losses.values()), default=0)
     curve = [
-        (tokens, statistics.fmean(loss for loss, _ in values), statistics.fmean(elapsed for _, elapsed in values))
+        (
+            tokens,
+            round(statistics.fmean(loss for loss, _ in values), 4),
+            round(statistics.fmean(s for _, s in values), 1),
+        )
         for tokens, values in sorted(losses.items())
         if len(values) == n_seeds
     ]
-    return curve[:: max(1, len(curve) // 100)]
+    return curve[:: max(1, len(curve) // 60)]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -96,7 +111,6 @@ def table(result: dict[str, Any]) -> str:
     measure = result["measure"]
     lengths, contexts = [str(n) for n in measure["lengths"]], [str(n) for n in measure["contexts"]]
     rows = sorted(result["rows"], key=_rank)
-    baseline = _mean(result["rows"][0])
     head = [
         "candidate",
         "width",
@@ -109,7 +123,7 @@ def table(result: dict[str, Any]) -> str:
     head += [f"state bytes after {n}" for n in contexts]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
-        lines.append("| " + " | ".join(_cells(row, baseline, lengths, contexts)) + " |")
+        lines.append("| " + " | ".join(_cells(row, lengths, contexts)) + " |")
     return "\n".join([*lines, "", *_conditions(result), ""])
 
 
@@ -123,7 +137,7 @@ def _mean(row: dict[str, Any]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _cells(row: dict[str, Any], baseline: float | None, lengths: list[str], contexts: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], lengths: list[str], contexts: list[str]) -> list[str]:
     params = f"{row['params_blocks']:,}" + (f" ({row['mismatch']:+.1%})" if abs(row["mismatch"]) > 0.01 else "")
     cells = [f"`{row['name']}`", str(row["d_model"]), params]
     mean = _mean(row)
@@ -133,7 +147,9 @@ def _cells(row: dict[str, Any], baseline: float | None, lengths: list[str], cont
     else:
         values = list(row["bits_per_byte"].values())
         among = f" ± {spread(values):.4f}" if len(values) > 1 else " (one seed)"
-        cells += [f"{mean:.4f}{among}", "" if baseline is None else f"{mean - baseline:+.4f}"]
+        apart = row["differences"]
+        difference = f"{statistics.fmean(apart):+.4f}" if apart else ""
+        cells += [f"{mean:.4f}{among}", difference + (f" ± {spread(apart):.4f}" if len(apart) > 1 else "")]
     seconds = statistics.fmean(row["seconds"]) if row["seconds"] else math.nan
     cells += [f"{row['training_flops_per_token']:,.0f}", f"{seconds:,.0f}"]
     measured = row["measured"]
@@ -157,7 +173,7 @@ def _conditions(result: dict[str, Any]) -> list[str]:
     tokens = result["tokens"]
     return [
         f"{tokens:,} tokens in {result['steps']:,} steps, the same in the same order for all; seeds "
-        f"{', '.join(str(seed) for seed in result['seeds'])}: mean ± half the range. {equal}"
+        f"{', '.join(str(seed) for seed in result['seeds'])}: mean ± half the range, differences seed by seed. {equal}"
         if tokens
         else equal,
         f"{result['device']}, {result['num_threads']} thread(s) a training, {result['jobs']} at once (their seconds "
@@ -167,7 +183,8 @@ def _conditions(result: dict[str, Any]) -> list[str]:
 
 
 def plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """PNG files of the curves; an empty list where matplotlib is not installed."""
+    """PNG files of the curves, the baseline and the best in colour, the others grey; an empty list where matplotlib is
+    not installed."""
     try:
         import matplotlib
 
@@ -177,16 +194,19 @@ def plots(result: dict[str, Any], folder: Path) -> list[Path]:
         return []
     made = []
     rows = [row for row in result["rows"] if row["curve"]]
+    best = [row["name"] for row in sorted(result["rows"], key=_rank)]
+    shown = list(dict.fromkeys([result["rows"][0]["name"], *best[:N_NAMED]]))
+    colors = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(shown)}
 
     def draw(name: str, x_label: str, y_label: str, series: list[Series], **scales: str) -> None:
         if not any(xs for _, xs, _ in series):
             return
         figure, axes = pyplot.subplots(figsize=(9, 5.5))
-        colors = pyplot.get_cmap("tab20")
-        for index, (label, xs, ys) in enumerate(series):
-            style = "--" if index >= 20 else "-"
+        for label, xs, ys in series:
+            named = label in colors
             marker = "o" if len(xs) <= 6 else None
-            axes.plot(xs, ys, label=label, color=colors(index % 20), linewidth=1.2, linestyle=style, marker=marker)
+            color, known_as = (colors[label], label) if named else ("0.8", None)
+            axes.plot(xs, ys, label=known_as, color=color, linewidth=1.2, marker=marker, zorder=2 if named else 1)
         axes.set(xlabel=x_label, ylabel=y_label, **scales)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

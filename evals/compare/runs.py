@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.compare.config import CompareConfig
 from evals.compare.solve import Matched
-from llm.config.load import dump_config, validate
+from llm.config.load import dump_config, read_tree, resolve, validate
+from llm.core.errors import UserError
 from llm.train.callbacks.jsonl import read_metrics
 from llm.train.config import RunConfig
 
@@ -53,6 +57,43 @@ def is_done(run: RunConfig) -> bool:
     if not path.exists():
         return False
     return any(r["kind"] == "eval" and r["step"] >= run.train.total_steps for r in read_metrics(path))
+
+
+def refuse_foreign(run: RunConfig) -> None:
+    """UserError where the run's folder holds a run of another config."""
+    path = Path(run.runs_dir) / run.name / "config.yaml"
+    if not path.exists():
+        return
+    theirs, ours = (_what_counts(tree) for tree in (resolve(read_tree(path, "RunConfig")), run.to_dict()))
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{path.parent} holds a run with another config (section {key} differs); remove it, or compare under "
+                "another name"
+            )
+
+
+def _what_counts(tree: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without what changes no result."""
+    whole = validate(RunConfig, tree).to_dict()
+    whole["train"] = {key: value for key, value in whole["train"].items() if key != "num_threads"}
+    return {key: value for key, value in whole.items() if key not in ("name", "runs_dir", "log")}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """UserError while another comparison uses the folder. SIGTERM ends this one as Ctrl-C does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another comparison is at work in {folder}; wait for it, or use another name") from None
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def train_all(config: CompareConfig, candidates: list[Matched], log: Callable[[str], None]) -> list[Finished]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from evals.compare.config import CompareConfig, MeasureConfig
 from evals.compare.measure import measure
 from evals.compare.report import plots, summarise, table
 from evals.compare.solve import solve
+from llm.config.load import dump_config
 from llm.config.yaml_io import dump_yaml
 from llm.core.errors import UserError
 from tests.unit.generate.runs import prepare_data
@@ -105,3 +108,44 @@ def test_measure_grows_with_attention_alone(tmp_path: Path, data: Path) -> None:
     assert found["attention"]["state_bytes"][64] == 8 * found["attention"]["state_bytes"][8]
     assert found["retention"]["state_bytes"][64] == found["retention"]["state_bytes"][8]
     assert all(value > 0 for one in found.values() for value in one["decode_seconds"].values())
+
+
+def test_differences_are_those_of_the_same_seed(tmp_path: Path, data: Path) -> None:
+    config = comparison(tmp_path, data, candidates={"attention": {}, "window": CANDIDATES["window"]})
+    candidates = solve(config, 257)
+    values = {("attention", 0): 2.0, ("attention", 1): 3.0, ("window", 0): 2.5, ("window", 1): 3.7}
+    runs = []
+    for (name, seed), value in values.items():
+        folder = tmp_path / f"{name}-{seed}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"kind": "eval", "step": 4, "bits_per_byte": value, "loss": value}) + "\n"
+        )
+        runs.append(compare_runs.Finished(name, seed, folder, None))
+    result = summarise(config, candidates, runs, {})
+    assert result["rows"][1]["differences"] == pytest.approx([0.5, 0.7])
+    line = next(line for line in table(result).splitlines() if line.startswith("| `window`"))
+    assert "| 3.1000 ± 0.6000 | +0.6000 ± 0.1000 |" in line
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: Path) -> None:
+    config = comparison(tmp_path, data)
+    run = compare_runs.run_config(config, solve(config, 257)[0], 0)
+    compare_runs.refuse_foreign(run)
+    folder = Path(run.runs_dir) / run.name
+    folder.mkdir(parents=True)
+    dump_config(run.replace(runs_dir="elsewhere"), folder / "config.yaml")
+    compare_runs.refuse_foreign(run)
+    dump_config(run.replace(seed=5), folder / "config.yaml")
+    with pytest.raises(UserError, match="attention-s0 holds a run with another config .section seed differs"):
+        compare_runs.refuse_foreign(run)
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    with compare_runs.locked(tmp_path):
+        with pytest.raises(UserError, match="another comparison is at work"), compare_runs.locked(tmp_path):
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    with compare_runs.locked(tmp_path):
+        pass
