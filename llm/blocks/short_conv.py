@@ -15,6 +15,20 @@ from llm.core.seq import SeqInfo
 from llm.core.state import ConvState, valid_counts
 
 
+class Tail:
+    """The last width - 1 inputs x [B, width - 1, C] of rows that are read in pieces of equal length, with gradients."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def append(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """[B, width - 1 + T, C]: the inputs before x [B, T, C], and x."""
+        assert counts is None
+        joined = torch.cat([self.x, x], dim=1)
+        self.x = joined[:, x.shape[1] :]
+        return joined
+
+
 class ShortConvolution(nn.Module):
     """y_t = act(Σ_{j < width} w_j ⊙ x_{t-j} + b) within the document: taps before its first token give nothing.
 
@@ -44,9 +58,13 @@ class ShortConvolution(nn.Module):
             return self._convolve(F.pad(x, (0, 0, self.width - 1, 0)), positions)
         return _Convolve.apply(x, self.weight, self.bias, positions, self.activation)
 
-    def extend(self, x: Tensor, seq: SeqInfo, state: ConvState) -> Tensor:
+    def extend(self, x: Tensor, seq: SeqInfo, state: ConvState | Tail) -> Tensor:
         """The tokens after those in `state`, which is advanced by the real ones: x [B, T, C] -> [B, T, C]."""
         return self._convolve(state.append(x, valid_counts(seq)).to(x.dtype), None)
+
+    def new_tail(self, x: Tensor) -> Tail:
+        """For rows as those of x [B, T, C], before their first token."""
+        return Tail(x.new_zeros(x.shape[0], self.width - 1, self.channels))
 
     def new_state(
         self, batch: int, *, n_tentative: int = 0, dtype: torch.dtype, device: torch.device | str

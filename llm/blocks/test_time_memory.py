@@ -249,7 +249,8 @@ class MemoryCore(nn.Module):
         )
         lengths = None
         if self.form.renormed:
-            lengths = row_lengths(self.initial(dtype, self.get_parameter("w1").device))
+            assert isinstance(self.w1, Tensor)
+            lengths = row_lengths(self.initial(dtype, self.w1.device))
         return Outer(features, norm, lengths)
 
     def initial(self, dtype: torch.dtype, device: torch.device | str) -> Weights:

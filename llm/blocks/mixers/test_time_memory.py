@@ -20,7 +20,7 @@ from kernels.test_time_memory.network import Bias, Form, Network, Optimizer
 from kernels.test_time_memory.newton_schulz import TABLES, Table
 from llm.blocks.base import MIXERS, BuildCtx, Caps, MixerConfig, TokenMixer
 from llm.blocks.linears.dense import project, project_joined
-from llm.blocks.short_conv import ShortConvolution, short_conv_cost
+from llm.blocks.short_conv import ShortConvolution, Tail, short_conv_cost
 from llm.blocks.test_time_memory import CoreForm, GateForm, MemoryCore, MemoryGates, Retention, wide
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
@@ -381,7 +381,7 @@ class MemoryMixer(TokenMixer):
         self.core: Any = config.build_core(self.d_head)
         self.qk_norm = config.unit_keys
 
-    def _project(self, x: Tensor, seq: SeqInfo, state: DecodeState | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, seq: SeqInfo, state: DecodeState | Tail | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, d]; q and k in fp32."""
         joined = project_joined(x, self.q, self.k, self.v)
         if joined is None:
@@ -391,7 +391,7 @@ class MemoryMixer(TokenMixer):
         elif state is None:
             joined = self.conv(joined, seq)
         else:
-            assert isinstance(state, ConvState)
+            assert isinstance(state, ConvState | Tail)
             joined = self.conv.extend(joined, seq, state)
         q, k, v = joined.unflatten(-1, (3, self.n_heads, self.d_head)).unbind(-3)
         if self.qk_norm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm.blocks.mixers.exponential_memory import ExponentialMemoryConfig
+from llm.blocks.mixers.memory_as_context import MemoryAsContextConfig
 from llm.blocks.mixers.memory_hybrids import HybridConfig, MemoryAsGateConfig, MemoryAsLayerConfig
 from llm.blocks.mixers.test_time_memory import MemoryConfig
 from llm.parallel.plan import ParallelPlan, plan_for
@@ -21,12 +22,13 @@ def _test_time_memory(config: MemoryConfig) -> ParallelPlan:
     )
 
 
-def _hybrid(config: HybridConfig) -> ParallelPlan:
+def _hybrid(config: HybridConfig | MemoryAsContextConfig) -> ParallelPlan:
     return ParallelPlan(tp_refused=REFUSED)
 
 
 plan_for(MemoryAsGateConfig)(_hybrid)
 plan_for(MemoryAsLayerConfig)(_hybrid)
+plan_for(MemoryAsContextConfig)(_hybrid)
 
 
 @plan_for(ExponentialMemoryConfig)
