@@ -10,7 +10,7 @@ import pytest
 from llm.core.registry import Entry
 from tests.contracts.checks.exemptions import Check, check_exemptions, verify
 
-SLOW = ("overfits", "compile", "commit")
+SLOW = ("overfits", "compile")
 """Contracts that take seconds: the fast suite holds the main variant of each entry to them."""
 
 
