@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     """Compare."""
     from evals.compare.config import CompareConfig
     from evals.compare.report import summarise, table, write
-    from evals.compare.runs import Finished, is_done, locked, refuse_foreign, run_config, train_all
+    from evals.compare.runs import found_run, locked, refuse_foreign, run_config, train_all
     from evals.compare.solve import solve
     from llm.config.load import load_config
     from llm.core.errors import UserError
@@ -52,14 +52,11 @@ def main(argv: list[str]) -> int:
     if "--solve" in options:
         return 0
     folder = Path(config.runs_dir) / config.name
-    pairs = [(found, run_config(config, found, seed)) for seed in config.seeds for found in candidates]
-    for _, made in pairs:
-        refuse_foreign(made)
+    pairs = [(found, seed) for seed in config.seeds for found in candidates]
+    for found, seed in pairs:
+        refuse_foreign(run_config(config, found, seed))
     if "--report" in options:
-        runs = [
-            Finished(found.name, made.seed, Path(made.runs_dir) / made.name, None if is_done(made) else "not trained")
-            for found, made in pairs
-        ]
+        runs = [found_run(config, found, seed) for found, seed in pairs]
     else:
         try:
             with locked(folder):

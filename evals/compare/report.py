@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.compare.config import CompareConfig
-from evals.compare.runs import Finished
+from evals.compare.runs import NOT_TRAINED, Finished
 from evals.compare.solve import Matched
 from llm.config.load import config_hash
 from llm.train.callbacks.environment import git_revision, versions
@@ -64,6 +64,7 @@ def summarise(
         "name": config.name,
         "config": config_hash(config),
         "git": git_revision(),
+        "revisions": sorted({str(r["git_revision"]) for run in runs for r in run.records("start")[-1:]}),
         "tokens": start.get("total_tokens"),
         "steps": start.get("total_steps"),
         "seeds": config.seeds,
@@ -84,7 +85,7 @@ def _differences(own: dict[int, float | None], baseline: dict[int, float | None]
 
 
 def _curve(runs: list[Finished]) -> list[tuple[int, float, float]]:
-    """(tokens, mean over seeds of the smoothed training loss, mean seconds so far), thinned to 100 points."""
+    """(tokens, mean over seeds of the smoothed training loss, mean seconds so far), thinned to about 60 points."""
     losses: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
         records = run.records("train")
@@ -142,16 +143,16 @@ def _cells(row: dict[str, Any], lengths: list[str], contexts: list[str]) -> list
     cells = [f"`{row['name']}`", str(row["d_model"]), params]
     mean = _mean(row)
     if mean is None:
-        reason = "; ".join(dict.fromkeys(row["errors"].values())) or "not trained"
-        cells += [f"failed: {reason}", ""]
+        reason = "; ".join(dict.fromkeys(row["errors"].values()))
+        cells += [reason if reason == NOT_TRAINED else f"failed: {reason}", ""]
     else:
         values = list(row["bits_per_byte"].values())
         among = f" ± {spread(values):.4f}" if len(values) > 1 else " (one seed)"
         apart = row["differences"]
         difference = f"{statistics.fmean(apart):+.4f}" if apart else ""
         cells += [f"{mean:.4f}{among}", difference + (f" ± {spread(apart):.4f}" if len(apart) > 1 else "")]
-    seconds = statistics.fmean(row["seconds"]) if row["seconds"] else math.nan
-    cells += [f"{row['training_flops_per_token']:,.0f}", f"{seconds:,.0f}"]
+    seconds = f"{statistics.fmean(row['seconds']):,.0f}" if row["seconds"] else ""
+    cells += [f"{row['training_flops_per_token']:,.0f}", seconds]
     measured = row["measured"]
 
     def shown(key: str, at: str, scale: float, form: str) -> str:
@@ -171,14 +172,17 @@ def _conditions(result: dict[str, Any]) -> list[str]:
         else f"Widths are chosen so that {match['what']} of the {match['of']} match; a mismatch above 1% is shown."
     )
     tokens = result["tokens"]
+    trained_at = ", ".join(revision[:12] for revision in result["revisions"])
+    measure = result["measure"]
+    speed = f"; speed measured alone, {measure['num_threads']} thread(s), fp32" if measure["lengths"] else ""
     return [
         f"{tokens:,} tokens in {result['steps']:,} steps, the same in the same order for all; seeds "
         f"{', '.join(str(seed) for seed in result['seeds'])}: mean ± half the range, differences seed by seed. {equal}"
         if tokens
         else equal,
-        f"{result['device']}, {result['num_threads']} thread(s) a training, {result['jobs']} at once (their seconds "
-        f"are those of a shared machine); speed measured alone, {result['measure']['num_threads']} thread(s), fp32. "
-        f"torch {result['versions'].get('torch')}, config {result['config']}, revision {str(result['git'])[:12]}.",
+        f"{result['device']}, {result['num_threads']} thread(s) a training, whose seconds are those of a shared "
+        f"machine{speed}. torch {result['versions'].get('torch')}, config {result['config']}, "
+        f"trained at revision {trained_at}.",
     ]
 
 
@@ -244,7 +248,7 @@ def plots(result: dict[str, Any], folder: Path) -> list[Path]:
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write results.json, table.md and the plots into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{result['name']}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     text = table(result)
     (folder / f"{result['name']}.md").write_text(text, encoding="utf-8")
     return [folder / f"{result['name']}.md", folder / f"{result['name']}.json", *plots(result, folder)]

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from llm.config.load import dump_config, read_tree, resolve, validate
 from llm.core.errors import UserError
 from llm.train.callbacks.jsonl import read_metrics
 from llm.train.config import RunConfig
+
+NOT_TRAINED = "not trained"
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
@@ -49,6 +51,16 @@ def run_config(config: CompareConfig, matched: Matched, seed: int) -> RunConfig:
     tree["train"] = tree["train"] | {"num_threads": config.num_threads}
     tree["log"] = (tree.get("log") or {}) | {"progress": False, "report": False}
     return validate(RunConfig, tree)
+
+
+def found_run(config: CompareConfig, matched: Matched, seed: int) -> Finished:
+    """What is there of a run that is not to be trained now."""
+    run = run_config(config, matched, seed)
+    found = Finished(matched.name, seed, Path(run.runs_dir) / run.name, None)
+    if is_done(run):
+        return found
+    ends = [str(record["reason"]) for record in found.records("end")]
+    return replace(found, error=ends[-1] if ends and "Error" in ends[-1] else NOT_TRAINED)
 
 
 def is_done(run: RunConfig) -> bool:
