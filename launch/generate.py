@@ -172,19 +172,20 @@ def main(argv: list[str]) -> None:
     _summary(n_tokens, ended - began, (first_token or ended) - began, finishes, seed, engine.context)
     if drafter is not None:
         plain: float | None = None
+        peak = _peak_bytes()
         if options.compare:
             made, n_tokens, first_token = n_tokens, 0, None
             started = time.perf_counter()
             generate_text(model, tokenizer, repeated, samplings, on_token=on_token, engine=new_engine(None))
             plain = (made / (ended - began)) / (n_tokens / (time.perf_counter() - started))
-        _speculation_summary(drafter.name, engine.speculation, plain)
+        _speculation_summary(drafter.name, engine.speculation, peak, plain)
 
 
-def _speculation_summary(name: str, speculation: Speculation, speed_up: float | None) -> None:
+def _speculation_summary(name: str, speculation: Speculation, peak_bytes: int, speed_up: float | None) -> None:
     parts = [
         f"speculation with {name}: {speculation.acceptance:.1%} of {speculation.n_drafted} drafted tokens accepted",
         f"{speculation.tokens_per_forward:.2f} tokens per verification",
-        f"peak memory {_peak_bytes() / 2**20:,.0f} MiB",
+        f"peak memory {peak_bytes / 2**20:,.0f} MiB",
     ]
     if speed_up is not None:
         parts.append(f"{speed_up:.2f} times as fast as plain decoding of the same prompts")

@@ -27,15 +27,14 @@ class DraftLength:
         if most < 1:
             raise UserError(f"draft_tokens is {most}; draft at least 1, or do without speculation")
         self.most, self.adaptive = most, adaptive
+        self.draft_seconds = 0.0
+        self._sums = [0.0] * 5
         self.start(0)
 
     def start(self, n_rows: int) -> None:
         """A new batch. Costs are kept, they belong to the machine; acceptance belongs to the texts."""
         self.acceptance = [START_ACCEPTANCE] * n_rows
         self.n_rounds = 0
-        if not hasattr(self, "draft_seconds"):
-            self.draft_seconds = 0.0
-            self._sums = [0.0] * 5
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""

@@ -158,6 +158,12 @@ class ModelDrafter:
         self.unread = self.n_unread = torch.zeros(0, dtype=torch.int64)
 
     def start(self, batch: Batch, pending: Tensor) -> None:
+        most = self.model.config.max_context
+        if most is not None and batch.capacity > most:
+            raise UserError(
+                f"{self.name} has a position table of {most} tokens, too short to draft for prompts and outputs of "
+                f"{batch.capacity}; lower max_new_tokens or the context, or use another drafter"
+            )
         self.streams = _DraftStreams(batch.samplings)
         self.state = self.model.new_state(
             len(pending), batch.capacity, n_tentative=batch.most, dtype=self.dtype, device=self.device
