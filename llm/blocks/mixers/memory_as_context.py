@@ -50,7 +50,8 @@ def _tiny_memory(**keys: Any) -> MemoryConfig:
         "y_t = W_o (norm(a_t) ⊙ σ(norm(M_t(a_t)))), M_s the memory before the segment, which a is written to",
         use="Exact attention to what is near, and to what the memory recalls of all before: long contexts, BABILong.",
         weakness="Segments run one after another, each with two sets of keys; a segment is a chunk of the memory, so "
-        "both have one length; a token that opens a segment sees the one before through the memory alone.",
+        "both have one length; a token that opens a segment sees the one before through the memory alone; packed "
+        "documents are laid out as rows as long as the longest.",
     ),
 )
 class MemoryAsContextConfig(MixerConfig):
@@ -58,7 +59,8 @@ class MemoryAsContextConfig(MixerConfig):
 
     memory: its settings; its chunk is the segment, since the memory before the segment is then the one that gradients
     are taken at. n_heads: of attention. n_persistent: learned tokens that every token sees.
-    What the memory recalls for a token is visible from that token on: it depends on the token.
+    What the memory recalls for a token is visible from that token on, since it depends on the token; the paper puts
+    what is recalled for a whole segment in front of it, which is not causal.
     """
 
     memory: MemoryConfig
@@ -75,12 +77,7 @@ class MemoryAsContextConfig(MixerConfig):
         return self
 
     def build(self, ctx: BuildCtx) -> TokenMixer:
-        width = self.memory.n_heads * self.memory.head_width(ctx.d_model)
-        if width != ctx.d_model:
-            raise UserError(
-                f"memory_as_context: the heads of the memory must be d_model {ctx.d_model} wide together, not {width}; "
-                "remove memory.d_head"
-            )
+        self.memory.must_fill(ctx.d_model, self.type_name)
         return MemoryAsContext(self, ctx)
 
     def cost(self, dims: Dims, seq_len: int, mode: Mode) -> Cost:

@@ -105,12 +105,7 @@ class MemoryAsGateConfig(HybridConfig):
     project: ClassVar[bool] = False
 
     def build(self, ctx: BuildCtx) -> TokenMixer:
-        width = self.memory.n_heads * self.memory.head_width(ctx.d_model)
-        if width != ctx.d_model:
-            raise UserError(
-                f"memory_as_gate: the heads of the memory must be d_model {ctx.d_model} wide together, not {width}; "
-                "remove memory.d_head"
-            )
+        self.memory.must_fill(ctx.d_model, self.type_name)
         return MemoryAsGate(self, ctx)
 
     def join_cost(self, dims: Dims) -> Cost:

@@ -92,6 +92,15 @@ class MemoryLayerConfig(MixerConfig):
             )
         return self.d_head or d_model // self.n_heads
 
+    def must_fill(self, d_model: int, hybrid: str) -> None:
+        """UserError of a hybrid whose memory is not d_model wide."""
+        width = self.n_heads * self.head_width(d_model)
+        if width != d_model:
+            raise UserError(
+                f"{hybrid}: the heads of the memory must be d_model {d_model} wide together, not {width}; "
+                "remove memory.d_head"
+            )
+
     def gate_form(self) -> GateForm:
         """The gates of the updates."""
         raise NotImplementedError
