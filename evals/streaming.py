@@ -8,8 +8,8 @@ compared, and so is one of a further reading: the state of the first is copied t
 the point one by one. Resident memory is sampled after each chunk.
 
 The tokens are random, a pure function of (seed, position); the model has its start values, made from `seed`.
-Prints a table and a last line of JSON; exit code 1 when a difference is above `tolerance` or memory grew by more than
-`memory_tolerance`.
+Prints a table and a last line of JSON; exit code 1 when a difference is above `tolerance`, memory grew by more than
+`memory_tolerance`, or the model left the finite numbers.
 
   python -m evals.streaming configs/streaming/retention.yaml tokens=100k
 """
@@ -106,6 +106,10 @@ class Reader:
                 samples.append((self.position, process.memory_info().rss))
 
 
+class NotFinite(Exception):
+    """The model left the finite numbers."""
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
@@ -146,7 +150,8 @@ def run(config: StreamingConfig) -> dict[str, Any]:
                 "single_steps": _difference(third.hidden, first.hidden),
             }
         )
-        assert bool(torch.isfinite(first.hidden).all()), f"not finite at token {end}"
+        if not bool(torch.isfinite(first.hidden).all()):
+            raise NotFinite(f"{config.name}: not finite at token {end:,}")
         print(f"{config.name}: {end:,} tokens, {end / seconds:,.0f} tokens/s", file=sys.stderr)
     half = config.tokens // 2
     peaks = [max(rss for at, rss in samples if (at > half) == late) for late in (False, True)]
@@ -195,7 +200,11 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(str(__doc__).strip())
         return 0 if argv else 2
-    record = run(load_config(StreamingConfig, argv))
+    try:
+        record = run(load_config(StreamingConfig, argv))
+    except NotFinite as fault:
+        print(fault)
+        return 1
     print(table(record))
     print(json.dumps(record))
     return 0 if record["ok"] else 1
