@@ -8,6 +8,9 @@ Each --prompt is one prompt; --file takes a UTF-8 file as one; with neither, std
                            model), loops:1 (a looped model with fewer loops), model:PATH (a smaller model)
   --draft-tokens N         tokens drafted at once (default 4); auto chooses by acceptance and cost, auto:N at most N
 
+  --save-state FILE        read the one prompt, write what the model remembers of it (safetensors), and stop
+  --load-state FILE        prompts go on from that text, which is not read again; the context must be the same
+
 keys:
   max_new_tokens=256      how much to write
   temperature=0.8         0 takes the likeliest token each time
@@ -33,6 +36,8 @@ keys:
 examples:
   python launch/generate.py runs/quickstart --prompt "def " max_new_tokens=100 top_k=40
   python launch/generate.py runs/quickstart --speculate lookup --prompt "import os" temperature=0
+  python launch/generate.py runs/quickstart --file book.txt --save-state book.safetensors
+  python launch/generate.py runs/quickstart --load-state book.safetensors --prompt " The end:"
   echo "import os" | python launch/generate.py runs/quickstart temperature=0 stop='["\\n\\n"]'
 """
 
@@ -90,18 +95,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--file", action="append", default=[])
     parser.add_argument("--speculate")
     parser.add_argument("--draft-tokens")
+    parser.add_argument("--save-state")
+    parser.add_argument("--load-state")
     parser.add_argument("options", nargs="*")
     given = parser.parse_args(_options_last(argv))
     options = load_config(GenerateOptions, _only_keys(given.options))
     prompts = _prompts(given.prompt, given.file, options.lines)
+    if given.save_state is not None and (len(prompts) != 1 or given.load_state or given.speculate):
+        raise UserError(
+            f"--save-state reads one prompt and writes nothing else; given: {len(prompts)} prompts"
+            + "".join(f", {name}" for name in ("--load-state", "--speculate") if name in argv)
+        )
 
     import torch
 
     from llm.generate.drafters import Drafter
     from llm.generate.engine import Engine
     from llm.generate.load import DTYPES, load_model, pick_device
+    from llm.generate.prefix import Prefix
     from llm.generate.speculation import make_draft_length, make_drafter
-    from llm.generate.text import generate_text
+    from llm.generate.text import encode_prompt, generate_text
     from llm.models.nesting import set_widths
 
     device = pick_device(options.device)
@@ -112,6 +125,12 @@ def main(argv: list[str]) -> None:
     n_params = sum(p.numel() for p in model.parameters())
     small = n_params * min(options.max_batch, len(prompts) * options.n) < SMALL
     torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))
+    if given.save_state is not None:
+        ids = encode_prompt(tokenizer, prompts[0])
+        Prefix.read(model, ids, capacity=options.context or model.config.max_seq_len).save(given.save_state)
+        print(f"{len(ids)} tokens read, their state is in {given.save_state}", file=sys.stderr)
+        return
+    prefix = Prefix.load(given.load_state) if given.load_state is not None else None
     seed = options.seed if options.seed is not None or options.greedy else random.SystemRandom().randrange(2**31)
     settings = {name: getattr(options, name) for name in Sampling.model_fields}
     samplings = [
@@ -141,6 +160,7 @@ def main(argv: list[str]) -> None:
             context=options.context,
             drafter=drafter,
             draft_length=make_draft_length(given.draft_tokens or "4"),
+            prefix=prefix,
         )
 
     engine = new_engine(drafter)
@@ -209,7 +229,7 @@ def _options_last(argv: list[str]) -> list[str]:
     words: list[str] = []
     rest = iter(argv)
     for word in rest:
-        if word in ("--prompt", "--file", "--speculate", "--draft-tokens"):
+        if word in ("--prompt", "--file", "--speculate", "--draft-tokens", "--save-state", "--load-state"):
             value = next(rest, None)
             if value is None:
                 raise UserError(f"{word} needs a value (see --help)")

@@ -13,10 +13,11 @@ tasks:
 keys:
   preset=small       minutes of one CPU core for each model; without it, the setting of the paper
   task.KEY=          difficulty of the task
-  mixer=attention    a registered mixer, or a list: one row of the table for each
+  mixer=attention    a registered mixer, or a list: one row of the table for each; it takes the place of mixers that
+                     the model gives by a bare name
   model.KEY=         the model around it (default: 2 layers, d_model 64, SwiGLU); model.wrappers=[...] adds wrappers
-  train.KEY=         steps batch lr warmup weight_decay clip_norm stop_at eval_every eval_examples precision device,
-                     and lengths: longer sequences to which the trained model is put
+  train.KEY=         steps batch optimizer lr adam_lr warmup weight_decay clip_norm stop_at eval_every eval_examples
+                     precision device, and lengths: longer sequences to which the trained model is put
   lrs=[]             learning rates to try, of which the best is shown (default: train.lr alone)
   seeds=[0]          to average over; every model of a seed sees the same examples
   num_threads=1      CPU threads

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+# Recall needs each token to see the one before it: a layer that all models have gives them that, so that what is
+# compared is how well pairs are kept and found again.
+_PREVIOUS_TOKEN = {"mixer": {"type": "attention", "n_heads": 2, "window": 2}, "channel": None}
+
 SMALL: dict[str, dict[str, Any]] = {
-    "mqar": {"task": {"length": 64, "n_pairs": [4, 8, 16], "vocab_size": 128}},
+    "mqar": {
+        "task": {"length": 64, "n_pairs": [4, 8, 16], "vocab_size": 65},
+        "model": {
+            "layers": [
+                {"pattern": [_PREVIOUS_TOKEN, {"mixer": "attention", "channel": {"type": "swiglu", "d_hidden": 128}}]}
+            ],
+            "position": "none",
+        },
+        "train": {"optimizer": "muon", "lr": 0.02, "adam_lr": 3e-3, "steps": 400},
+    },
     "induction": {"task": {"length": 64, "segment": [8, 24], "vocab_size": 32}},
     "selective_copying": {"task": {"length": 64, "n_data": 8, "vocab_size": 10}},
     "rewrite": {"task": {"length": 40, "n_keys": 4, "n_writes": 16, "vocab_size": 33}},

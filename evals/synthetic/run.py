@@ -37,7 +37,8 @@ def _as_list(value: Any) -> Any:
 
 
 class SyntheticConfig(Config):
-    """The keys of the command. model: laid over MODEL; mixer: takes the place of every mixer in it."""
+    """The keys of the command. model: laid over MODEL; mixer: takes the place of every mixer in it that is
+    a bare name; one with settings stays, as a layer that all models have."""
 
     task: TaskConfig
     mixer: Annotated[list[MixerConfig], BeforeValidator(_as_list)] = Field(min_length=1)
@@ -48,11 +49,11 @@ class SyntheticConfig(Config):
     num_threads: int = Field(1, ge=1)
 
     def with_mixer(self, mixer: MixerConfig) -> ModelConfig:
-        """The model with this mixer in every layer that has one."""
+        """The model with this mixer in every layer that is to have one."""
         tree = merge(copy.deepcopy(MODEL), copy.deepcopy(self.model))
         for group in tree["layers"]:
             for block in group["pattern"]:
-                if block.get("mixer") is not None:
+                if isinstance(block.get("mixer"), str):
                     block["mixer"] = mixer.to_dict()
         return model_for(validate(ModelConfig, {"vocab_size": 2} | tree), self.task, self.train)
 

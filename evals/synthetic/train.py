@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evals.synthetic.base import Examples, TaskConfig, TokenTask, VectorTask, accuracy, squared_error
@@ -29,14 +29,17 @@ from llm.train.optim.schedule import lr_factor
 
 
 class TrainSettings(Config):
-    """steps: at most; batch: examples of a step. lr: peak learning rate, risen over warmup (a share of the steps), then
-    a cosine to a tenth. stop_at: end as soon as the accuracy (or, for vectors, the error) is as good; looked at every
-    eval_every steps on eval_examples held-out examples. lengths: numbers of positions to which the trained model is
-    also put, without further training."""
+    """steps: at most; batch: examples of a step. optimizer: muon drives matrices at lr, the rest by AdamW at adam_lr
+    (None: lr). lr: peak learning rate, risen over warmup (a share of the steps), then a cosine to a tenth. stop_at: end
+    as soon as the accuracy (or, for vectors, the error) is as good; looked at every eval_every steps on eval_examples
+    held-out examples. lengths: numbers of positions to which the trained model is also put, without further training.
+    """
 
     steps: Count = Field(2000, ge=1)
     batch: int = Field(64, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(3e-3, gt=0)
+    adam_lr: float | None = Field(None, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
@@ -46,6 +49,12 @@ class TrainSettings(Config):
     lengths: list[Count] = []
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _no_dead_keys(self) -> TrainSettings:
+        if self.adam_lr is not None and self.optimizer != "muon":
+            raise UserError("train.adam_lr has no effect with train.optimizer=adamw; remove it or set it to muon")
+        return self
 
 
 class VectorModel(nn.Module):
@@ -113,7 +122,13 @@ def fit(
     device = _device(settings.device)
     torch.manual_seed(seed)
     model = (build(config, task, seed, device) if model is None else model).train()
-    optim = OptimConfig(lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+    optim = OptimConfig(
+        type=settings.optimizer,
+        lr=settings.lr,
+        adam_lr=settings.adam_lr,
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.98),
+    )
     optimizer = build_optimizer(model, optim, precision=settings.precision)
     schedule = ScheduleConfig(type="cosine", warmup_fraction=settings.warmup, min_ratio=0.1)
     history: list[tuple[int, float, float]] = []

@@ -32,6 +32,8 @@ class BlockedAttention:
             return f"it is made for CPUs, not {query.device}"
         if query.mode == "positions":
             return "it serves whole sequences, not keys of a decode state"
+        if query.form.n_persistent:
+            return "it has no persistent keys"
         if query.lse:
             return "it returns no log-sum-exp"
         return True

@@ -39,6 +39,8 @@ class FlashAttention:
             return "flash-attn has no attention sinks"
         if query.mode == "positions":
             return "it serves whole sequences, not keys of a decode state"
+        if query.form.n_persistent:
+            return "it has no persistent keys"
         return True
 
     def prepare(self, layout: Layout, form: AttentionForm, dtype: torch.dtype) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class FlexAttention:
     def supports(self, query: AttentionQuery) -> Literal[True] | str:
         if query.mode == "positions":
             return "it serves whole sequences, not keys of a decode state"
+        if query.form.n_persistent:
+            return "it has no persistent keys"
         if query.device == "cpu" and query.grad:
             return "FlexAttention has no gradients on a CPU"
         if query.device not in ("cpu", "cuda"):

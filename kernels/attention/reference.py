@@ -25,8 +25,8 @@ class ReferenceAttention:
     def prepare(self, layout: Layout, form: AttentionForm, dtype: torch.dtype) -> dict[str, Any]:
         """What layers of the same form share in one forward: the mask and the bias."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        bias = None if form.slopes is None else alibi_bias(layout, form.slopes, wide)
-        return {"mask": visible(layout, form.window, form.n_sinks)[:, None], "bias": bias}
+        bias = None if form.slopes is None else alibi_bias(layout, form.slopes, wide, form.n_persistent)
+        return {"mask": visible(layout, form)[:, None], "bias": bias}
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, prepared: dict[str, Any], lse: bool = False

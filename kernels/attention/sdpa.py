@@ -40,13 +40,14 @@ class SDPAttention:
         if (
             layout.mode == "causal"
             and form.slopes is None
+            and not form.n_persistent
             and (form.window is None or layout.positions.shape[1] <= form.window)
         ):
             return {"mask": None}
-        mask = visible(layout, form.window, form.n_sinks)[:, None]
+        mask = visible(layout, form)[:, None]
         if form.slopes is not None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            mask = alibi_bias(layout, form.slopes, wide).masked_fill(~mask, float("-inf")).to(dtype)
+            mask = alibi_bias(layout, form.slopes, wide, form.n_persistent).masked_fill(~mask, float("-inf")).to(dtype)
         return {"mask": mask}
 
     def run(

@@ -6,7 +6,8 @@ k); softmax over the visible keys; o [B, T, H, Dv]. A query that sees no key (pa
 
 Visible, by index (training): the key stands in the same document at or before the query; by position (decoding): the
 key's slot holds a token (position >= 0) at or before the query's position. With a window, further: less than `window`
-positions back, or among the first `n_sinks` positions.
+positions back, or among the first `n_sinks` positions. The first `n_persistent` keys are no tokens: they stand in front
+of those that the layout tells of, every query sees them, and slopes pass them by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import OpSpec, Tolerance, register_op
@@ -33,12 +35,14 @@ class AttentionForm:
     scale: float
     window: int | None = None
     n_sinks: int = 0
+    n_persistent: int = 0
     softcap: float | None = None
     slopes: tuple[float, ...] | None = None
 
     def mask_key(self) -> str:
         """Equal for forms whose layers can share masks."""
-        return f"{self.window}/{self.n_sinks}/{self.softcap}/{self.slopes}/{self.n_heads}/{self.n_kv_heads}"
+        keys = f"{self.window}/{self.n_sinks}/{self.n_persistent}"
+        return f"{keys}/{self.softcap}/{self.slopes}/{self.n_heads}/{self.n_kv_heads}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class AttentionQuery:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where queries and keys stand in one forward.
+    """Where queries and keys stand in one forward; persistent keys are not counted here.
 
     positions: [B, T] of the queries. k_positions: [B, S] of the keys in mode "positions" (< 0 or beyond every query:
     an empty slot); None: keys belong to the same tokens as queries, by index. documents: [B, T] document index within
@@ -77,8 +81,13 @@ class Layout:
         return "packed" if self.documents is not None else "causal"
 
 
-def visible(layout: Layout, window: int | None, n_sinks: int) -> Tensor:
+def visible(layout: Layout, form: AttentionForm) -> Tensor:
     """[B or 1, T, S] bool: True where the query may see the key."""
+    seen = _visible_tokens(layout, form.window, form.n_sinks)
+    return F.pad(seen, (form.n_persistent, 0), value=True) if form.n_persistent else seen
+
+
+def _visible_tokens(layout: Layout, window: int | None, n_sinks: int) -> Tensor:
     q_pos = layout.positions
     if layout.k_positions is not None:
         k_pos = layout.k_positions
@@ -97,14 +106,15 @@ def visible(layout: Layout, window: int | None, n_sinks: int) -> Tensor:
     return seen
 
 
-def alibi_bias(layout: Layout, slopes: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """[B or 1, H, T, S]: -slope * distance."""
+def alibi_bias(layout: Layout, slopes: tuple[float, ...], dtype: torch.dtype, n_persistent: int = 0) -> Tensor:
+    """[B or 1, H, T, S]: -slope * distance, zero for persistent keys."""
     q_pos = layout.positions
     k_pos = q_pos if layout.k_positions is None else layout.k_positions
     distance = (q_pos[:, None, :, None] - k_pos[:, None, None, :]).to(dtype)
     if layout.mode == "causal":
         distance = distance[:1]
-    return -torch.tensor(slopes, dtype=dtype, device=q_pos.device)[:, None, None] * distance
+    bias = -torch.tensor(slopes, dtype=dtype, device=q_pos.device)[:, None, None] * distance
+    return F.pad(bias, (n_persistent, 0)) if n_persistent else bias
 
 
 def check_attention(impl: Any, query: AttentionQuery, device: torch.device) -> str | None:
@@ -115,7 +125,7 @@ def check_attention(impl: Any, query: AttentionQuery, device: torch.device) -> s
     length = 150 if query.device == "cuda" else 67
     generator = torch.Generator().manual_seed(0)
     layout = sample_layout(query.mode, length, device)
-    n_keys = length if layout.k_positions is None else layout.k_positions.shape[1]
+    n_keys = form.n_persistent + (length if layout.k_positions is None else layout.k_positions.shape[1])
     shapes = ((length, form.n_heads), (n_keys, form.n_kv_heads), (n_keys, form.n_kv_heads))
     inputs = [torch.randn(2, n, heads, form.d_head, generator=generator).to(device, query.dtype) for n, heads in shapes]
     upstream = torch.randn(2, length, form.n_heads, form.d_head, generator=generator).to(device, query.dtype)

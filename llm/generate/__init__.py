@@ -4,6 +4,7 @@ from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import LookupDrafter, ModelDrafter, SelfDrafter
 from llm.generate.engine import Completion, Engine, TokenEvent
 from llm.generate.load import load_model
+from llm.generate.prefix import Prefix
 from llm.generate.sampling import Sampling
 from llm.generate.text import TextStream, generate_text
 
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "LookupDrafter",
     "ModelDrafter",
+    "Prefix",
     "Sampling",
     "SelfDrafter",
     "TextStream",

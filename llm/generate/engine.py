@@ -17,6 +17,7 @@ from llm.core.state import DecodeState
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Batch, Draft, Drafter
 from llm.generate.prefill import prefill
+from llm.generate.prefix import Prefix, fingerprint
 from llm.generate.sampling import Sampler, Sampling
 from llm.models.decoder import DecoderLike
 
@@ -79,7 +80,8 @@ class Engine:
     eos_id: token that ends a text (None: there is none). max_batch: requests that run together. prefill_chunk: tokens
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
     max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
-    outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once.
+    outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
+    that was read before, with which every prompt begins.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Engine:
         context: int | None = None,
         drafter: Drafter | None = None,
         draft_length: DraftLength | None = None,
+        prefix: Prefix | None = None,
     ) -> None:
         self.model = model
         self.drafter, self.draft_length = drafter, draft_length or DraftLength()
         self.speculation = Speculation()
+        self.prefix = prefix
         if drafter is not None and drafter.vocab_size not in (None, model.config.required_vocab_size()):
             raise UserError(
                 f"{drafter.name} drafts with a vocabulary of {drafter.vocab_size}, the model has "
@@ -110,6 +114,14 @@ class Engine:
                 f"context={context} is longer than the model's position table of {model.config.max_seq_len} tokens; "
                 "lower it"
             )
+        if prefix is not None:
+            if prefix.model != fingerprint(model):
+                raise UserError("the saved state comes from another model, or from other weights of it; save it anew")
+            if prefix.capacity != self.context:
+                raise UserError(
+                    f"the saved state was made for a context of {prefix.capacity} tokens, not {self.context}; set "
+                    f"context={prefix.capacity} or save it anew"
+                )
         weight = next(model.parameters())  # type: ignore[attr-defined]
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -163,6 +175,8 @@ class Engine:
                 f"prompt {number} has {len(prompt)} tokens and the model's context is {self.context}, which leaves no "
                 f"room for new ones; shorten it to at most {self.context - 1} tokens"
             )
+        if self.prefix is not None:
+            self.prefix.check(number, prompt)
 
     @torch.no_grad()
     def _batch(
@@ -171,12 +185,18 @@ class Engine:
         lengths = [len(prompt) for prompt in prompts]
         limits = [min(s.max_new_tokens, self.context - n) for s, n in zip(samplings, lengths, strict=True)]
         capacity = max(n + limit for n, limit in zip(lengths, limits, strict=True))
+        if self.prefix is not None:
+            capacity = self.prefix.capacity
         most = self.draft_length.most if self.drafter is not None else 0
         state = self.model.new_state(
             len(prompts), capacity, n_tentative=most + 1 if most else 0, dtype=self.dtype, device=self.device
         )
         sampler = Sampler(samplings, prompts, self.model.config.required_vocab_size(), self.device)
-        pending = sampler(self.model.head(prefill(self.model, prompts, state, self.prefill_chunk)))
+        n_read = 0
+        if self.prefix is not None:
+            self.prefix.restore(state)
+            n_read = self.prefix.n_read
+        pending = sampler(self.model.head(prefill(self.model, prompts, state, self.prefill_chunk, n_read)))
         if self.drafter is not None:
             self.drafter.start(Batch(prompts, samplings, capacity, most), pending)
             self.draft_length.start(len(prompts))

@@ -75,12 +75,15 @@ def generate_text(
 ) -> list[str]:
     """The continuation of each prompt, without the prompt itself and without the stop text.
 
-    An empty prompt starts a document. on_text: receives the pieces as they come. on_token: called with each prompt's
-    index for each of its new tokens. engine: default one with this model and the tokenizer's end of text.
+    An empty prompt starts a document; where the engine has a prefix, prompts go on from its text. on_text: receives the
+    pieces as they come. on_token: called with each prompt's index for each of its new tokens. engine: default one with
+    this model and the tokenizer's end of text.
     """
     engine = engine or Engine(model, eos_id=tokenizer.eos_id)
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if engine.prefix is not None:
+        ids = [[*engine.prefix.tokens, *prompt[1:]] for prompt in ids]
     pieces = tokenizer.pieces
     streams = [TextStream(pieces, s.stop) for s in samplings]
     texts = ["" for _ in prompts]

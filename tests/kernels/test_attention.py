@@ -21,9 +21,11 @@ FORMS = {
     "window": {"window": 5},
     "sinks": {"window": 5, "n_sinks": 3},
     "wide_window": {"window": 70, "n_sinks": 1},
+    "persistent": {"window": 5, "n_persistent": 3},
     "softcap": {"softcap": 2.0},
     "alibi": {"slopes": (0.5, 0.25, 0.1, 0.05)},
     "all": {"softcap": 2.0, "slopes": (0.5, 0.25, 0.1, 0.05), "window": 7, "n_sinks": 2},
+    "all_persistent": {"softcap": 2.0, "slopes": (0.5, 0.25, 0.1, 0.05), "window": 7, "n_sinks": 2, "n_persistent": 2},
 }
 
 
@@ -80,8 +82,11 @@ def looped(
             for h in range(n_heads):
                 group = h // (n_heads // k.shape[2])
                 scores, values = [], []
-                for j in range(k.shape[1]):
-                    if layout.k_positions is None:
+                for key in range(k.shape[1]):
+                    j = key - f.n_persistent
+                    if j < 0:
+                        key_at = at
+                    elif layout.k_positions is None:
                         key_at = int(layout.positions[b, j])
                         if j > i or (layout.documents is not None and layout.documents[b, i] != layout.documents[b, j]):
                             continue
@@ -91,13 +96,13 @@ def looped(
                             continue
                     if f.window is not None and at - key_at >= f.window and key_at >= f.n_sinks:
                         continue
-                    score = f.scale * float(q[b, i, h] @ k[b, j, group])
+                    score = f.scale * float(q[b, i, h] @ k[b, key, group])
                     if f.softcap is not None:
                         score = f.softcap * math.tanh(score / f.softcap)
                     if f.slopes is not None:
                         score -= f.slopes[h] * (at - key_at)
                     scores.append(score)
-                    values.append(v[b, j, group])
+                    values.append(v[b, key, group])
                 weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
                 out[b, i, h] = weights @ torch.stack(values)
                 lse[b, i, h] = torch.logsumexp(torch.tensor(scores, dtype=torch.float64), 0)
@@ -115,6 +120,7 @@ def test_reference_equals_definition(mode: str, kind: str) -> None:
     else:
         layout = sample_layout(mode, length, CPU)  # type: ignore[arg-type]
         n_keys = length if layout.k_positions is None else layout.k_positions.shape[1]
+    n_keys += f.n_persistent
     q = torch.randn(2, length, 4, 16, dtype=torch.float64)
     k, v = torch.randn(2, 2, n_keys, 2, 16, dtype=torch.float64)
     found, lse = attention(q, k, v, f, layout, lse=True, backend="reference")

@@ -16,6 +16,7 @@ from llm.blocks.linears.dense import project
 from llm.blocks.norms import RMSNormConfig
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
+from llm.core.init import Init, normal
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, KVState, WindowState, valid_counts
@@ -33,6 +34,9 @@ Backend = Literal["auto", "sdpa", "flex", "flash", "blocked", "reference"]
         "window": lambda: AttentionConfig(n_heads=2, window=5),
         "sinks": lambda: AttentionConfig(n_heads=2, n_kv_heads=1, window=5, n_sinks=2),
         "capped": lambda: AttentionConfig(n_heads=2, qk_norm=RMSNormConfig(), softcap=2.0),
+        "persistent": lambda: AttentionConfig(
+            n_heads=4, n_kv_heads=2, window=5, n_persistent=3, qk_norm=RMSNormConfig()
+        ),
         "no_out": lambda: AttentionConfig(n_heads=2, out_proj=False),
     },
     about=About(
@@ -48,7 +52,8 @@ class AttentionConfig(MixerConfig):
     d_head: None for d_model / n_heads. bias: on all four projections; qkv_bias, out_bias override it.
     out_proj: false leaves out the output projection: the heads' outputs, together d_model wide, go out as they are.
     window: a token sees itself and window - 1 earlier ones, and besides the first n_sinks tokens of its document.
-    qk_norm: normalises queries and keys over the head before positions act (Qwen3). softcap: scores become
+    n_persistent: learned tokens whose keys and values every query sees besides, without positions (Titans' persistent
+    memory). qk_norm: normalises queries and keys over the head before positions act (Qwen3). softcap: scores become
     cap * tanh(score / cap) (Gemma 2). scale: of the scores; None for d_head^-0.5.
     backend: auto picks the fastest that can do all this on the device at hand.
     """
@@ -62,6 +67,7 @@ class AttentionConfig(MixerConfig):
     out_proj: bool = True
     window: int | None = Field(None, ge=1)
     n_sinks: int = Field(0, ge=0)
+    n_persistent: int = Field(0, ge=0)
     qk_norm: NormConfig | None = None
     softcap: float | None = Field(None, gt=0)
     scale: float | None = Field(None, gt=0)
@@ -115,7 +121,12 @@ class AttentionConfig(MixerConfig):
         if self.qk_norm is not None:
             parts = parts + self.qk_norm.cost(d_head) + self.qk_norm.cost(d_head)
         seen = self.n_seen(seq_len + 1) - self.n_seen(seq_len) if mode == "decode" else self.n_seen(seq_len) / seq_len
-        scores = 4.0 * n_heads * d_head * seen
+        if self.n_persistent:
+            learned = self.n_persistent * d
+            again = sum(dims.linear(d, n_kv_heads * d_head, role=f"mixer.{name}").flops_per_token for name in "kv")
+            share = self.n_persistent / (1 if mode == "decode" else seq_len)
+            parts = parts + Cost(params=learned, active_params=learned, flops_per_token=again * share)
+        scores = 4.0 * n_heads * d_head * (seen + self.n_persistent)
         kept = seq_len if self.window is None else min(seq_len, self.window + self.n_sinks)
         state = 2 * n_kv_heads * d_head * kept * dims.state_dtype_bytes
         return parts + Cost(flops_per_token=scores, attention_flops=scores, state_bytes_per_seq=state)
@@ -135,7 +146,7 @@ class AttentionConfig(MixerConfig):
 
 
 class Attention(TokenMixer):
-    """q [D -> H * Dh], k and v [D -> Hkv * Dh], out [H * Dh -> D] or nothing."""
+    """q [D -> H * Dh], k and v [D -> Hkv * Dh], out [H * Dh -> D] or nothing, persistent [P, D] or nothing."""
 
     caps = Caps(rollback="free", needs_positions=True)
 
@@ -151,6 +162,9 @@ class Attention(TokenMixer):
             self.out = ctx.linear(self.n_heads * self.d_head, ctx.d_model, role="mixer.out", bias=out_bias)
         self.q_norm = config.qk_norm.build(self.d_head) if config.qk_norm is not None else None
         self.k_norm = config.qk_norm.build(self.d_head) if config.qk_norm is not None else None
+        self.persistent: nn.Parameter | None = None
+        if config.n_persistent:
+            self.persistent = nn.Parameter(torch.empty(config.n_persistent, ctx.d_model))
         self.position = ctx.position()
         self.position.for_heads(self.d_head)
         slopes = self.position.slopes(self.n_heads)
@@ -161,12 +175,16 @@ class Attention(TokenMixer):
             scale=config.scale if config.scale is not None else self.d_head**-0.5,
             window=config.window,
             n_sinks=config.n_sinks,
+            n_persistent=config.n_persistent,
             softcap=config.softcap,
             slopes=None if slopes is None else tuple(slopes.tolist()),
         )
         self.backend = None if config.backend == "auto" else config.backend
         self.key = f"attention/{self.backend}/{self.form.mask_key()}"
         self._check_backend()
+
+    def init_spec(self) -> dict[str, Init]:
+        return {} if self.persistent is None else {"persistent": normal(1.0)}
 
     def _check_backend(self) -> None:
         """UserError when the backend that the config names can do this on no device."""
@@ -229,6 +247,18 @@ class Attention(TokenMixer):
         q, k = self.position.at_qk(*self.before_positions(q, k), seq)
         return q, k, v
 
+    def _after_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, Hkv, Dh], those of the persistent tokens in front."""
+        if self.persistent is None:
+            return k, v
+        own_k, own_v = (
+            y.unflatten(-1, (-1, self.d_head))[None] for y in project(self.persistent.to(k.dtype), self.k, self.v)
+        )
+        own_k = self.before_positions(own_k.new_zeros(*own_k.shape[:2], self.n_heads, self.d_head), own_k)[1]
+        pairs = ((own_k, k), (own_v, v))
+        k, v = (torch.cat([own.to(y.dtype).expand(len(y), -1, -1, -1), y], dim=1) for own, y in pairs)
+        return k, v
+
     def before_positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """What queries [B, T, H, Dh] and keys [B, T, Hkv, Dh] become before positions act on them."""
         if self.q_norm is not None and self.k_norm is not None:
@@ -237,6 +267,7 @@ class Attention(TokenMixer):
 
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         q, k, v = self._project(x, seq)
+        k, v = self._after_persistent(k, v)
         implementation, prepared = self._prepared(seq, q.dtype)
         return self.out(implementation.run(q, k, v, self.form, prepared).flatten(2))
 
@@ -244,9 +275,10 @@ class Attention(TokenMixer):
         assert isinstance(state, KVState | WindowState)
         q, k, v = self._project(x, seq)
         k, v, positions = state.append(k, v, valid_counts(seq))
+        k, v = self._after_persistent(k.to(q.dtype), v.to(q.dtype))
         implementation = self.implementation(x.device, q.dtype, "positions")
         prepared = implementation.prepare(Layout(seq.positions, k_positions=positions), self.form, q.dtype)
-        return self.out(implementation.run(q, k.to(q.dtype), v.to(q.dtype), self.form, prepared).flatten(2))
+        return self.out(implementation.run(q, k, v, self.form, prepared).flatten(2))
 
     def new_state(
         self, batch: int, capacity: int, *, n_tentative: int = 0, dtype: torch.dtype, device: torch.device | str

@@ -22,13 +22,14 @@ def _tiny_memory(**keys: Any) -> MemoryConfig:
     return MemoryConfig.model_validate({"preset": "titans", "n_heads": 2, "chunk": 4, "expansion": 1} | keys)
 
 
-def _tiny_attention() -> AttentionConfig:
-    return AttentionConfig(n_heads=2, window=5)
+def _tiny_attention(n_persistent: int = 0) -> AttentionConfig:
+    return AttentionConfig(n_heads=2, window=5, n_persistent=n_persistent)
 
 
 class HybridConfig(MixerConfig):
     """memory: its settings; with ns_granularity: chunk the window of attention must cover a chunk, since tokens do not
-    read their own chunk from the memory. attention: its settings, with a window."""
+    read their own chunk from the memory. attention: its settings, with a window; its n_persistent are the papers'
+    persistent tokens."""
 
     memory: MemoryConfig
     attention: AttentionConfig
@@ -84,7 +85,7 @@ class Hybrid(TokenMixer):
 
 @MIXERS.register(
     "memory_as_gate",
-    tiny=lambda: MemoryAsGateConfig(memory=_tiny_memory(), attention=_tiny_attention()),
+    tiny=lambda: MemoryAsGateConfig(memory=_tiny_memory(), attention=_tiny_attention(n_persistent=2)),
     tinies={
         "atlas": lambda: MemoryAsGateConfig(
             memory=_tiny_memory(preset="atlas", phi="id", window=2, ns_granularity="chunk", ns_steps=2, d_head=16),
@@ -94,9 +95,10 @@ class Hybrid(TokenMixer):
     paper="arXiv:2501.00663",
     status="experimental",
     about=About(
-        equation="y = W_o (norm(SWA(x)) ⊙ σ(norm(M(x)))): attention over a window, gated by a test-time memory",
+        equation="y = W_o (norm(SWA(x)) ⊙ σ(norm(M(x)))): attention over a window and persistent tokens, gated by "
+        "a test-time memory",
         use="Exact recall of what is near, and a constant state for what is far; the hybrid that did best in ATLAS.",
-        weakness="Persistent tokens in front of the window are left out, and two mixers cost what two mixers cost.",
+        weakness="Two mixers cost what two mixers cost, and what the memory says can only shrink what attention says.",
     ),
 )
 class MemoryAsGateConfig(HybridConfig):
@@ -137,7 +139,7 @@ class MemoryAsGate(Hybrid):
 
 @MIXERS.register(
     "memory_as_layer",
-    tiny=lambda: MemoryAsLayerConfig(memory=_tiny_memory(opt="gd"), attention=_tiny_attention()),
+    tiny=lambda: MemoryAsLayerConfig(memory=_tiny_memory(opt="gd"), attention=_tiny_attention(n_persistent=2)),
     paper="arXiv:2501.00663",
     status="experimental",
     about=About(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from llm.blocks.mixers.complexformer import ComplexFormerConfig
 from llm.parallel.plan import ParallelPlan, TPStyle, plan_for
+from llm.parallel.plans.dense import PERSISTENT
 
 
 @plan_for(ComplexFormerConfig)
 def _complexformer(config: ComplexFormerConfig) -> ParallelPlan:
+    if config.n_persistent:
+        return ParallelPlan(tp_refused=PERSISTENT)
     styles: dict[str, TPStyle] = {
         "q": "colwise",
         "k": "colwise",

@@ -9,11 +9,15 @@ from llm.blocks.linears.dense import DenseLinearConfig
 from llm.blocks.mixers.attention import AttentionConfig
 from llm.parallel.plan import ParallelPlan, TPStyle, plan_for
 
+PERSISTENT = "Every rank holds all persistent tokens and the keys of its own heads alone, which no plan says yet."
+
 
 @plan_for(AttentionConfig)
 def _attention(config: AttentionConfig) -> ParallelPlan:
     if not config.out_proj:
         return ParallelPlan(tp_refused="Without an output projection nothing sums the outputs of heads on other ranks.")
+    if config.n_persistent:
+        return ParallelPlan(tp_refused=PERSISTENT)
     styles: dict[str, TPStyle] = {
         "q": "colwise",
         "k": "colwise",

@@ -1,4 +1,4 @@
-"""Memory as context against a loop over tokens; what hybrids refuse."""
+"""Memory as context, as gate and as layer against loops over tokens; what hybrids refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernels.test_time_memory import Tokens, recall, run_reference
 from kernels.test_time_memory.sequence import each_tensor
 from llm.blocks.base import POSITIONS
 from llm.blocks.mixers.memory_as_context import MemoryAsContextConfig
-from llm.blocks.mixers.memory_hybrids import MemoryAsGateConfig
+from llm.blocks.mixers.memory_hybrids import HybridConfig, MemoryAsGateConfig, MemoryAsLayerConfig
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from tests.unit.blocks.helpers import context, ready
@@ -115,3 +115,42 @@ def test_hybrids_refuse_heads_of_another_width() -> None:
         MemoryAsGateConfig.model_validate(
             {"memory": {"preset": "titans", "n_heads": 2}, "attention": {"type": "attention", "n_heads": 2}}
         )
+
+
+def hybrid(kind: type[HybridConfig], n_persistent: int) -> Any:
+    memory = {"preset": "titans", "n_heads": 2, "chunk": CHUNK, "expansion": 2}
+    attention = {"type": "attention", "n_heads": N_HEADS, "window": 3, "n_persistent": n_persistent}
+    config = kind.model_validate({"memory": memory, "attention": attention})
+    return ready(config.build(context(d_model=D, position_config=POSITIONS.get("none")())))
+
+
+def window_loop(a: Any, x: Tensor) -> Tensor:
+    """Attention over persistent tokens and the last three, one token after another, without the output projection."""
+    ys = []
+    for t in range(x.shape[1]):
+        keys = torch.cat([*([] if a.persistent is None else [a.persistent[None]]), x[:, max(0, t - 2) : t + 1]], dim=1)
+        k, v = (f(keys).unflatten(-1, (N_HEADS, -1)) for f in (a.k, a.v))
+        q = a.q(x[:, t]).unflatten(-1, (N_HEADS, -1))
+        weights = (torch.einsum("bhd,bshd->bhs", q, k) / (D / N_HEADS) ** 0.5).softmax(-1)
+        ys.append(torch.einsum("bhs,bshd->bhd", weights, v).flatten(1))
+    return torch.stack(ys, dim=1)
+
+
+@pytest.mark.parametrize("n_persistent", [0, 2])
+@pytest.mark.parametrize("kind", [MemoryAsGateConfig, MemoryAsLayerConfig])
+def test_hybrids_are_the_loop_over_tokens(kind: type[HybridConfig], n_persistent: int) -> None:
+    """Memory one token at a time through its state, attention one query at a time over explicit keys."""
+    m = hybrid(kind, n_persistent)
+    x = tokens(11)
+    with torch.no_grad():
+        found = m(x, SeqInfo.contiguous(1, 11))
+        state = m.memory.new_state(1, 11, dtype=torch.float64, device="cpu")
+        far = []
+        for t in range(11):
+            far.append(m.memory.prefill(x[:, t : t + 1], SeqInfo.contiguous(1, 1, start=t), state))
+        far = torch.cat(far, dim=1)
+        if kind is MemoryAsGateConfig:
+            wanted = m.out(m.attention_norm(window_loop(m.attention, x)) * torch.sigmoid(m.memory_norm(far)))
+        else:
+            wanted = m.attention.out(window_loop(m.attention, m.memory_norm(far)))
+    assert torch.allclose(found, wanted, atol=1e-9)

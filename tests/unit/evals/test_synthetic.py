@@ -319,6 +319,12 @@ def test_presets_fit(name: str) -> None:
     assert config.task.examples(0, "train", 0, 2).asked.any()
 
 
+def test_a_mixer_with_settings_stays() -> None:
+    config = run.load(["mqar", "preset=small", "mixer=retention"])
+    assert [block.mixer.type for block in config.with_mixer(config.mixer[0]).blocks()] == ["attention", "retention"]
+    assert config.train.optimizer == "muon"
+
+
 def test_help_names_every_task() -> None:
     assert all(name in usage() for name in TASKS.names())
     assert main(["--help"]) == 0
@@ -334,6 +340,7 @@ def test_help_names_every_task() -> None:
         (["mqar", "mixer=atention"], "attention"),
         (["mqar", "windows"], "no key=value"),
         (["mqar", "model.d_model=33"], "even number"),
+        (["mqar", "train.adam_lr=0.1"], "no effect with train.optimizer=adamw"),
     ],
 )
 def test_mistakes(argv: list[str], message: str) -> None:

@@ -47,6 +47,17 @@ def test_the_seed_that_was_drawn_is_told(cli: Cli, run_folder: Path) -> None:
     assert cli("generate", run_folder, "--prompt", "ab", f"seed={seed}", *QUICK).out == first.out
 
 
+def test_a_saved_state_goes_on_as_the_whole_prompt(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
+    whole = cli("generate", run_folder, "--prompt", "ab=c d", "temperature=0", *QUICK)
+    state = tmp_path / "text.safetensors"
+    saved = cli("generate", run_folder, "--prompt", "ab=c", "--save-state", state)
+    assert saved.code == 0 and saved.out == "" and str(state) in saved.err
+    found = cli("generate", run_folder, "--load-state", state, "--prompt", " d", "temperature=0", *QUICK)
+    assert found.out == whole.out.removeprefix("ab=c")
+    refused = cli("generate", run_folder, "--prompt=a", "--prompt=b", "--save-state", state)
+    assert refused.code == 2 and "given: 2 prompts" in refused.err
+
+
 def test_many_prompts_as_json_lines(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("one\nh\u00e9llo\n".encode())
     done = cli(
