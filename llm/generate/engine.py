@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -77,7 +77,8 @@ StopCheck = Callable[[int, int], bool]
 class Engine:
     """Continues prompts with a model.
 
-    eos_id: token that ends a text (None: there is none). max_batch: requests that run together. prefill_chunk: tokens
+    eos_id: token that ends a text (None: there is none). max_batch: requests that run together; when a quarter of them
+    has ended, waiting ones take their places (with a drafter: when all have). prefill_chunk: tokens
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
     max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
@@ -157,9 +158,12 @@ class Engine:
         for number, prompt in enumerate(prompts):
             self._check(number, prompt)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.max_batch):
-            requests = order[start : start + self.max_batch]
-            yield from self._batch(requests, [prompts[i] for i in requests], [samplings[i] for i in requests], stop)
+        rows = [_Row(i, prompts[i], samplings[i], self.context) for i in order]
+        if self.drafter is None:
+            yield from self._run(rows, stop)
+            return
+        for start in range(0, len(rows), self.max_batch):
+            yield from self._run(rows[start : start + self.max_batch], stop)
 
     def _check(self, number: int, prompt: Sequence[int]) -> None:
         vocab = self.model.config.required_vocab_size()
@@ -179,62 +183,76 @@ class Engine:
             self.prefix.check(number, prompt)
 
     @torch.no_grad()
-    def _batch(
-        self, requests: list[int], prompts: list[Sequence[int]], samplings: list[Sampling], stop: StopCheck | None
-    ) -> Iterator[TokenEvent]:
-        lengths = [len(prompt) for prompt in prompts]
-        limits = [min(s.max_new_tokens, self.context - n) for s, n in zip(samplings, lengths, strict=True)]
-        capacity = max(n + limit for n, limit in zip(lengths, limits, strict=True))
-        if self.prefix is not None:
-            capacity = self.prefix.capacity
-        most = self.draft_length.most if self.drafter is not None else 0
-        state = self.model.new_state(
-            len(prompts), capacity, n_tentative=most + 1 if most else 0, dtype=self.dtype, device=self.device
-        )
-        sampler = Sampler(samplings, prompts, self.model.config.required_vocab_size(), self.device)
-        n_read = 0
-        if self.prefix is not None:
-            self.prefix.restore(state)
-            n_read = self.prefix.n_read
-        pending = sampler(self.model.head(prefill(self.model, prompts, state, self.prefill_chunk, n_read)))
+    def _run(self, rows: Sequence[_Row], stop: StopCheck | None) -> Iterator[TokenEvent]:
+        """Tokens of all rows, of which max_batch run together; others take the places of those that end."""
+        capacity = max(row.capacity for row in rows) if self.prefix is None else self.prefix.capacity
+        waiting, going = deque(rows), list[_Row]()
+        state, sampler, pending = self._admit(waiting, capacity, going)
         if self.drafter is not None:
-            self.drafter.start(Batch(prompts, samplings, capacity, most), pending)
-            self.draft_length.start(len(prompts))
-        made = [0] * len(requests)
+            most = self.draft_length.most
+            self.drafter.start(Batch([r.prompt for r in going], [r.sampling for r in going], capacity, most), pending)
+            self.draft_length.start(len(going))
         new = [[token] for token in pending.tolist()]
         while True:
-            going: list[int] = []
-            for row, tokens in enumerate(new):
+            kept: list[int] = []
+            for place, (row, tokens) in enumerate(zip(going, new, strict=True)):
                 finish: FinishReason | None = None
                 for token in tokens:
-                    made[row] += 1
-                    finish = self._finish(requests[row], token, made[row], limits[row], samplings[row], stop)
-                    yield TokenEvent(requests[row], token, finish)
+                    row.made += 1
+                    finish = self._finish(row, token, stop)
+                    yield TokenEvent(row.request, token, finish)
                     if finish is not None:
                         break
                 if finish is None:
-                    going.append(row)
-            if not going:
+                    kept.append(place)
+            if not kept and not waiting:
                 return
-            if len(going) < len(requests):
-                index = torch.tensor(going, device=self.device)
+            if len(kept) < len(going):
+                going = [going[place] for place in kept]
+                index = torch.tensor(kept, dtype=torch.int64, device=self.device)
                 state.reorder(index)
-                sampler.keep(going)
+                sampler.keep(kept)
                 pending = pending[index]
-                requests = [requests[row] for row in going]
-                limits = [limits[row] for row in going]
-                samplings = [samplings[row] for row in going]
-                made = [made[row] for row in going]
                 if self.drafter is not None:
-                    self.drafter.keep(going)
-                    self.draft_length.keep(going)
+                    self.drafter.keep(kept)
+                    self.draft_length.keep(kept)
+            if waiting and self.max_batch - len(going) >= max(1, self.max_batch // 4):
+                n_old = len(going)
+                fresh, drawn, first = self._admit(waiting, capacity, going)
+                if n_old:
+                    _append(state, fresh)
+                    sampler.extend(drawn)
+                    pending = torch.cat([pending, first])
+                else:
+                    state, sampler, pending = fresh, drawn, first
+                # Those who were there have said their newest token already; the new ones have not.
+                new = [[] for _ in range(n_old)] + [[token] for token in first.tolist()]
+                continue
             if self.drafter is None:
                 seq = SeqInfo(positions=state.end()[:, None])
                 pending = sampler(self.model.head(self.model(pending[:, None], seq, state=state).hidden[:, -1]))
                 new = [[token] for token in pending.tolist()]
             else:
-                room = [limit - n - 1 for limit, n in zip(limits, made, strict=True)]
+                room = [row.limit - row.made - 1 for row in going]
                 pending, new = self._speculate(self.drafter, pending, room, state, sampler)
+
+    def _admit(self, waiting: deque[_Row], capacity: int, going: list[_Row]) -> tuple[DecodeState, Sampler, Tensor]:
+        """(state, sampler, first token [B]) of as many waiting rows as there is room for, which join those going."""
+        rows = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch - len(going)))]
+        going.extend(rows)
+        prompts = [row.prompt for row in rows]
+        most = self.draft_length.most if self.drafter is not None else 0
+        state = self.model.new_state(
+            len(rows), capacity, n_tentative=most + 1 if most else 0, dtype=self.dtype, device=self.device
+        )
+        n_read = 0
+        if self.prefix is not None:
+            self.prefix.restore(state)
+            n_read = self.prefix.n_read
+        vocab_size = self.model.config.required_vocab_size()
+        sampler = Sampler([row.sampling for row in rows], prompts, vocab_size, self.device)
+        hidden = prefill(self.model, prompts, state, self.prefill_chunk, n_read)
+        return state, sampler, sampler(self.model.head(hidden))
 
     def _speculate(
         self, drafter: Drafter, pending: Tensor, room: list[int], state: DecodeState, sampler: Sampler
@@ -264,13 +282,35 @@ class Engine:
         self.draft_length.observe(given, kept, drafted - started, time.perf_counter() - drafted)
         return ids, new
 
-    def _finish(
-        self, request: int, token: int, made: int, limit: int, sampling: Sampling, stop: StopCheck | None
-    ) -> FinishReason | None:
-        if token == self.eos_id and not sampling.ignore_eos:
+    def _finish(self, row: _Row, token: int, stop: StopCheck | None) -> FinishReason | None:
+        if token == self.eos_id and not row.sampling.ignore_eos:
             return "eos"
-        if stop is not None and stop(request, token):
+        if stop is not None and stop(row.request, token):
             return "stop"
-        if made >= limit:
-            return "length" if limit == sampling.max_new_tokens else "context"
+        if row.made >= row.limit:
+            return "length" if row.limit == row.sampling.max_new_tokens else "context"
         return None
+
+
+class _Row:
+    """A request that runs or waits. limit: most new tokens; made: those so far."""
+
+    def __init__(self, request: int, prompt: Sequence[int], sampling: Sampling, context: int) -> None:
+        self.request, self.prompt, self.sampling = request, prompt, sampling
+        self.limit = min(sampling.max_new_tokens, context - len(prompt))
+        self.made = 0
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens that its state holds."""
+        return len(self.prompt) + self.limit
+
+
+def _append(state: DecodeState, more: DecodeState) -> None:
+    """Put the rows of another state, made with the same arguments, behind those of a state."""
+    n_old, n_more = state.batch, more.batch
+    place = torch.arange(n_old + n_more, device=state.length.device)
+    is_new = place >= n_old
+    more.reorder(torch.where(is_new, place - n_old, 0))
+    state.reorder(torch.where(is_new, 0, place))
+    state.adopt(is_new, more)

@@ -122,7 +122,19 @@ class Sampler:
         self.samplings = [self.samplings[row] for row in rows]
         self.streams = [self.streams[row] for row in rows]
         if self.seen is not None:
-            self.seen = self.seen[torch.as_tensor(list(rows), device=self.device)]
+            self.seen = self.seen[torch.tensor(list(rows), dtype=torch.int64, device=self.device)]
+        self._regroup()
+
+    def extend(self, other: Sampler) -> None:
+        """Go on with the rows of another sampler behind one's own."""
+        if self.seen is not None or other.seen is not None:
+            seen = next(s.seen for s in (self, other) if s.seen is not None)
+            parts = [
+                seen.new_zeros(len(s.samplings), seen.shape[1]) if s.seen is None else s.seen for s in (self, other)
+            ]
+            self.seen = torch.cat(parts)
+        self.samplings += other.samplings
+        self.streams += other.streams
         self._regroup()
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -85,6 +85,24 @@ def test_rows_end_by_themselves(model: Decoder) -> None:
         assert completion.tokens == greedy_without_state(model, prompt, len(completion.tokens))
 
 
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 8])
+def test_waiting_requests_take_the_places_of_those_that_end(max_batch: int) -> None:
+    """Different lengths, limits and settings; the longest output runs beside everything else."""
+    model = build("window")
+    prompts = [p for p in PROMPTS for _ in range(2)]
+    samplings = [Sampling(temperature=0, max_new_tokens=3 + 5 * i % 17) for i in range(len(prompts))]
+    samplings[0] = samplings[0].replace(max_new_tokens=50)
+    samplings[4] = samplings[4].replace(repetition_penalty=1.4)
+    samplings[7] = Sampling(temperature=0.8, seed=3, max_new_tokens=9)
+    sizes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    found = Engine(model, max_batch=max_batch, prefill_chunk=4).generate(prompts, samplings)
+    hook.remove()
+    assert max(sizes) <= max_batch
+    for prompt, sampling, completion in zip(prompts, samplings, found):
+        assert completion == Engine(model).generate([prompt], sampling)[0]
+
+
 def test_eos_ends_and_can_be_ignored(model: Decoder) -> None:
     expected = greedy_without_state(model, PROMPTS[1], 12)
     eos = expected[5]

@@ -1,4 +1,4 @@
-"""A prompt's state that was saved and loaded changes nothing, for every mixer, channel mixer and wrapper."""
+"""Requests that join a running batch, and a saved state, change nothing, for every mixer, channel and wrapper."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def check(model: Any, path: Path) -> None:
     ):
         engine = Engine(model, context=CONTEXT, prefix=prefix, **settings)  # type: ignore[arg-type]
         assert engine.generate(PROMPTS, greedy) == plain, settings
+
+
+@pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] == c[2].name]))
+def test_joining_a_running_batch(kind: str, label: str, entry: Entry[Any]) -> None:
+    model = _build(kind, label, entry)
+    prompts = [TEXT[:1], TEXT[:4], TEXT[:5], TEXT, [*TEXT, 7]]
+    samplings = [Sampling(temperature=0, max_new_tokens=n) for n in (9, 2, 4, 3, 2)]
+    together = Engine(model, max_batch=2).generate(prompts, samplings)
+    assert together == Engine(model, max_batch=1).generate(prompts, samplings)
 
 
 @pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] == c[2].name]))
