@@ -17,7 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
             ],
             "position": "none",
         },
-        "train": {"optimizer": "muon", "lr": 0.02, "adam_lr": 3e-3, "steps": 400},
+        "train": {"optimizer": "muon", "lr": 0.005, "adam_lr": 3e-3, "steps": 600},
     },
     "induction": {"task": {"length": 64, "segment": [8, 24], "vocab_size": 32}},
     "selective_copying": {"task": {"length": 64, "n_data": 8, "vocab_size": 10}},
