@@ -1,7 +1,8 @@
 """usage: python launch/generate.py RUN [--prompt TEXT ...] [--file FILE] [key=value ...]
 
 Continue prompts with a trained model. RUN is a run folder, one of its checkpoints, or a folder of a Hugging Face model.
-Each --prompt is one prompt; --file takes a UTF-8 file as one; with neither, stdin is read. "" starts a new text.
+Each --prompt is one prompt; --file takes a UTF-8 file as one, and of a .jsonl file the "prompt" of each line; with
+neither, stdin is read. "" starts a new text.
 
   --speculate DRAFTER      draft tokens and check them in one forward; the output has the same law, and is the same with
                            temperature=0. lookup (what came behind the same words before), slice:1/4 (part of a nested
@@ -251,16 +252,34 @@ def _only_keys(words: list[str]) -> list[str]:
 
 
 def _prompts(given: list[str], files: list[str], lines: bool) -> list[str]:
-    texts = [_read(Path(name)) for name in files]
+    rows = [name for name in files if name.endswith(".jsonl")]
+    from_rows = [prompt for name in rows for prompt in _prompts_of_lines(name)]
+    texts = [_read(Path(name)) for name in files if name not in rows]
     if not given and not files:
         if sys.stdin.isatty():
             raise UserError("no prompt; give --prompt TEXT, --file FILE, or pipe one to stdin")
         texts = [_decode(sys.stdin.buffer.read(), "stdin")]
     if lines:
         texts = [line for text in texts for line in text.splitlines()]
-    prompts = [*given, *texts]
+    prompts = [*given, *from_rows, *texts]
     if not prompts:
         raise UserError("no prompt: the input has no lines")
+    return prompts
+
+
+def _prompts_of_lines(name: str) -> list[str]:
+    """The "prompt" of each line of a file of JSON objects; other keys are left alone."""
+    prompts = []
+    for number, line in enumerate(_read(Path(name)).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{name}, line {number} has no text under "prompt"; each line is an object that has one')
+        prompts.append(row["prompt"])
     return prompts
 
 

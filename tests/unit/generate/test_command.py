@@ -47,6 +47,17 @@ def test_the_seed_that_was_drawn_is_told(cli: Cli, run_folder: Path) -> None:
     assert cli("generate", run_folder, "--prompt", "ab", f"seed={seed}", *QUICK).out == first.out
 
 
+def test_prompts_from_json_lines(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one", "id": 7}\n\n{"prompt": "h\u00e9"}\n', encoding="utf-8")
+    done = cli("generate", run_folder, "--file", file, "jsonl=true", "seed=1", *QUICK)
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "h\u00e9"]
+    for text, message in (("{", "line 1 is no JSON"), ('{"prompt": "a"}\n{"text": "b"}', "line 2 has no text")):
+        file.write_text(text, encoding="utf-8")
+        refused = cli("generate", run_folder, "--file", file)
+        assert refused.code == 2 and message in refused.err
+
+
 def test_a_saved_state_goes_on_as_the_whole_prompt(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     whole = cli("generate", run_folder, "--prompt", "ab=c d", "temperature=0", *QUICK)
     state = tmp_path / "text.safetensors"
