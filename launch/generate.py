@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 SMALL = 100_000_000
 """Parameters times sequences below which the threads of one step would wait for one another longer than they work."""
 
+READING = {"context", "device", "lines", "num_threads", "precision", "slice", "tokenizer", "widths"}
+"""Keys that bear on how a prompt is read."""
+
 
 class GenerateOptions(Sampling, SliceOptions):
     """The keys of this command."""
@@ -107,6 +110,8 @@ def main(argv: list[str]) -> None:
             f"--save-state reads one prompt and writes nothing else; given: {len(prompts)} prompts"
             + "".join(f", {name}" for name in ("--load-state", "--speculate") if name in argv)
         )
+    if given.save_state is not None and (ignored := sorted(options.model_fields_set - READING)):
+        raise UserError(f"{ignored[0]} has no effect with --save-state, which writes no text; remove it")
 
     import torch
 
@@ -128,7 +133,8 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))
     if given.save_state is not None:
         ids = encode_prompt(tokenizer, prompts[0])
-        Prefix.read(model, ids, capacity=options.context or model.config.max_seq_len).save(given.save_state)
+        engine = Engine(model, context=options.context)
+        Prefix.read(model, ids, capacity=engine.context, chunk=engine.prefill_chunk).save(given.save_state)
         print(f"{len(ids)} tokens read, their state is in {given.save_state}", file=sys.stderr)
         return
     prefix = Prefix.load(given.load_state) if given.load_state is not None else None

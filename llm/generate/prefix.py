@@ -76,6 +76,7 @@ class Prefix:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; it is there whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -86,9 +87,10 @@ class Prefix:
             contents = {f"state/{name}": tensor for name, tensor in self.tensors.items()}
             save_file(contents | {"tokens": torch.tensor(self.tokens)}, unfinished, metadata=about)
             os.replace(unfinished, path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise UserError(f"cannot write the state to {path}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            if unfinished.is_file():
+                unfinished.unlink()
+            raise UserError(f"cannot write the state to {path}: {error}") from error
 
     @staticmethod
     def load(path: str | Path) -> Prefix:
@@ -101,7 +103,7 @@ class Prefix:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the saved state {path}: {error}") from error
-        if about.get("format") != FORMAT or "tokens" not in tensors:
+        if about.get("format") != FORMAT or not {"capacity", "model"} <= about.keys() or "tokens" not in tensors:
             raise UserError(f"{path} is no saved state of a prompt; make one with generate --save-state")
         tokens = tuple(tensors.pop("tokens").tolist())
         state = {name.removeprefix("state/"): tensor for name, tensor in tensors.items()}

@@ -67,6 +67,10 @@ def test_a_saved_state_goes_on_as_the_whole_prompt(cli: Cli, run_folder: Path, t
     assert found.out == whole.out.removeprefix("ab=c")
     refused = cli("generate", run_folder, "--prompt=a", "--prompt=b", "--save-state", state)
     assert refused.code == 2 and "given: 2 prompts" in refused.err
+    refused = cli("generate", run_folder, "--prompt=a", "--save-state", state, "temperature=0")
+    assert refused.code == 2 and "temperature has no effect with --save-state" in refused.err
+    refused = cli("generate", run_folder, "--prompt=a", "--save-state", state / "inside")
+    assert refused.code == 2 and "cannot write the state" in refused.err
 
 
 def test_many_prompts_as_json_lines(cli: Cli, run_folder: Path, tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from llm.core.errors import UserError
+from llm.core.init import initialise
 from llm.generate.engine import Engine
 from llm.generate.prefix import Prefix, fingerprint
 from llm.generate.sampling import Sampling
+from llm.models.config import ModelConfig
+from llm.models.nesting import at_widths
 from tests.unit.generate.test_engine import build
 
 TEXT = [5, 6, 7, 8]
@@ -51,6 +54,20 @@ def test_another_model_and_another_context_are_refused() -> None:
         Prefix.read(model, TEXT, capacity=4)
     with pytest.raises(UserError, match="at least one"):
         Prefix.read(model, TEXT[:1], capacity=4)
+
+
+def test_precision_and_widths_belong_to_the_model() -> None:
+    nested = {"type": "nested_gated", "d_hidden": 48}
+    block = {"mixer": {"type": "attention", "n_heads": 4}, "channel": nested}
+    model = ModelConfig.model_validate(
+        {"vocab_size": 9, "d_model": 32, "max_seq_len": 8, "layers": [{"pattern": [block]}]}
+    )
+    built = model.build("cpu")
+    initialise(built, 0)
+    whole = fingerprint(built)
+    with at_widths(built, [24]):
+        assert fingerprint(built) != whole
+    assert fingerprint(built) == whole != fingerprint(built.to(torch.bfloat16))
 
 
 def test_files_that_are_no_state(tmp_path: Path) -> None:
