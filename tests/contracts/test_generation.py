@@ -13,7 +13,7 @@ from llm.generate.drafters import LookupDrafter
 from llm.generate.engine import Engine
 from llm.generate.prefix import Prefix
 from llm.generate.sampling import Sampling
-from tests.contracts.test_speculative import CASES, _build, _parameters
+from tests.contracts.test_speculative import CASES, build, parameters
 
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
 PROMPTS = [TEXT, [*TEXT, 7], [*TEXT, 2, 7, 1, 8, 2, 8, 1, 8, 2, 8]]
@@ -34,21 +34,21 @@ def check(model: Any, path: Path) -> None:
         assert engine.generate(PROMPTS, greedy) == plain, settings
 
 
-@pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] == c[2].name]))
+@pytest.mark.parametrize(("kind", "label", "entry"), parameters([c for c in CASES if c[1] == c[2].name]))
 def test_joining_a_running_batch(kind: str, label: str, entry: Entry[Any]) -> None:
-    model = _build(kind, label, entry)
+    model = build(kind, label, entry)
     prompts = [TEXT[:1], TEXT[:4], TEXT[:5], TEXT, [*TEXT, 7]]
     samplings = [Sampling(temperature=0, max_new_tokens=n) for n in (9, 2, 4, 3, 2)]
     together = Engine(model, max_batch=2).generate(prompts, samplings)
     assert together == Engine(model, max_batch=1).generate(prompts, samplings)
 
 
-@pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] == c[2].name]))
+@pytest.mark.parametrize(("kind", "label", "entry"), parameters([c for c in CASES if c[1] == c[2].name]))
 def test_saved_and_loaded(kind: str, label: str, entry: Entry[Any], tmp_path: Path) -> None:
-    check(_build(kind, label, entry), tmp_path / "text.safetensors")
+    check(build(kind, label, entry), tmp_path / "text.safetensors")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] != c[2].name]))
+@pytest.mark.parametrize(("kind", "label", "entry"), parameters([c for c in CASES if c[1] != c[2].name]))
 def test_saved_and_loaded_variants(kind: str, label: str, entry: Entry[Any], tmp_path: Path) -> None:
-    check(_build(kind, label, entry), tmp_path / "text.safetensors")
+    check(build(kind, label, entry), tmp_path / "text.safetensors")

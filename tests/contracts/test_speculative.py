@@ -57,7 +57,7 @@ class Foreteller:
         self.rest = [self.rest[row] for row in rows]
 
 
-def _build(kind: str, label: str, entry: Entry[Any]) -> Any:
+def build(kind: str, label: str, entry: Entry[Any]) -> Any:
     make = entry.variants()[label]
     attention = MIXERS.entry("attention").tiny()
     config = {
@@ -81,7 +81,7 @@ CASES = [
 ]
 
 
-def _parameters(cases: Sequence[tuple[str, str, Entry[Any]]]) -> list[Any]:
+def parameters(cases: Sequence[tuple[str, str, Entry[Any]]]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in cases]
 
 
@@ -103,12 +103,12 @@ def check(model: Any, drafters: Sequence[str], *, n: int, most: int, batches: Se
             assert 0 < engine.speculation.n_accepted < engine.speculation.n_drafted
 
 
-@pytest.mark.parametrize(("kind", "label", "entry"), _parameters([c for c in CASES if c[1] == c[2].name]))
+@pytest.mark.parametrize(("kind", "label", "entry"), parameters([c for c in CASES if c[1] == c[2].name]))
 def test_rollbacks_leave_no_trace(kind: str, label: str, entry: Entry[Any]) -> None:
-    check(_build(kind, label, entry), ["foreteller"], n=10, most=3, batches=[4])
+    check(build(kind, label, entry), ["foreteller"], n=10, most=3, batches=[4])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "label", "entry"), _parameters(CASES))
+@pytest.mark.parametrize(("kind", "label", "entry"), parameters(CASES))
 def test_every_drafter_over_256_tokens(kind: str, label: str, entry: Entry[Any]) -> None:
-    check(_build(kind, label, entry), ["foreteller", "lookup", "model", "itself"], n=256, most=5, batches=[4, 1])
+    check(build(kind, label, entry), ["foreteller", "lookup", "model", "itself"], n=256, most=5, batches=[4, 1])
