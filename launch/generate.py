@@ -64,7 +64,7 @@ from llm.generate.sampling import Sampling
 from llm.models.nesting import SliceOptions
 
 if TYPE_CHECKING:
-    from llm.generate.engine import Speculation
+    from llm.generate.events import Speculation
 
 SMALL = 100_000_000
 """Parameters times sequences below which the threads of one step would wait for one another longer than they work."""

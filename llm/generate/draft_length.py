@@ -36,6 +36,10 @@ class DraftLength:
         self.acceptance = [START_ACCEPTANCE] * n_rows
         self.n_rounds = 0
 
+    def extend(self, n_rows: int) -> None:
+        """More rows, behind those that are there."""
+        self.acceptance += [START_ACCEPTANCE] * n_rows
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
         self.acceptance = [self.acceptance[row] for row in rows]

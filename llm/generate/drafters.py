@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.core.errors import UserError
@@ -29,7 +30,7 @@ class Draft(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A new batch: what its rows continue and how, of at most `capacity` tokens each; drafts have at most `most`."""
+    """New rows: what they continue and how, of at most `capacity` tokens each; drafts have at most `most`."""
 
     prompts: Sequence[Sequence[int]]
     samplings: Sequence[Sampling]
@@ -38,13 +39,19 @@ class Batch(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Proposes tokens for the rows of one batch after another. vocab_size None: that of the model."""
+    """Proposes tokens for the rows of a batch, which come and go. vocab_size None: that of the model."""
 
     name: str
     vocab_size: int | None
 
+    def check(self, n_tokens: int) -> None:
+        """UserError when it cannot draft for a prompt and output of so many tokens."""
+
     def start(self, batch: Batch, pending: Tensor) -> None:
         """A new batch; pending [B] is the first token of each output."""
+
+    def extend(self, batch: Batch, pending: Tensor) -> None:
+        """More rows, behind those that are there; capacity and most are those of the start."""
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
         """At most counts[b] tokens behind pending [B]. state: the model's own; it must be as it was afterwards."""
@@ -53,7 +60,10 @@ class Drafter(Protocol):
         """accepted[b] tokens of the draft were kept, and ids [B] is pending now."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order."""
+        """Go on with these rows only, in this order; without any, until the next start."""
+
+    def state_bytes(self) -> int:
+        """Bytes of decode state of its own that it holds now."""
 
 
 class LookupDrafter:
@@ -71,8 +81,16 @@ class LookupDrafter:
         self.n_max = n_max
         self.rows: list[NgramIndex] = []
 
+    def check(self, n_tokens: int) -> None:
+        """Any length will do."""
+
     def start(self, batch: Batch, pending: Tensor) -> None:
-        self.rows = [NgramIndex([*prompt, token], self.n_max) for prompt, token in zip(batch.prompts, pending.tolist())]
+        self.rows = []
+        self.extend(batch, pending)
+
+    def extend(self, batch: Batch, pending: Tensor) -> None:
+        new = zip(batch.prompts, pending.tolist())
+        self.rows += [NgramIndex([*prompt, token], self.n_max) for prompt, token in new]
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
         found = [index.continuation(n) for index, n in zip(self.rows, counts.tolist())]
@@ -88,6 +106,9 @@ class LookupDrafter:
 
     def keep(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
+
+    def state_bytes(self) -> int:
+        return 0
 
 
 class NgramIndex:
@@ -125,8 +146,15 @@ class SelfDrafter:
         self.vocab_size: int | None = None
         self.streams: _DraftStreams | None = None
 
+    def check(self, n_tokens: int) -> None:
+        """Any length that the model reads will do."""
+
     def start(self, batch: Batch, pending: Tensor) -> None:
         self.streams = _DraftStreams(batch.samplings)
+
+    def extend(self, batch: Batch, pending: Tensor) -> None:
+        assert self.streams is not None
+        self.streams.extend(_DraftStreams(batch.samplings))
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
         assert self.streams is not None
@@ -144,6 +172,9 @@ class SelfDrafter:
         assert self.streams is not None
         self.streams.keep(rows)
 
+    def state_bytes(self) -> int:
+        return 0
+
 
 class ModelDrafter:
     """A smaller model of the same vocabulary, with a state of its own."""
@@ -157,19 +188,36 @@ class ModelDrafter:
         self.state: DecodeState | None = None
         self.unread = self.n_unread = torch.zeros(0, dtype=torch.int64)
 
-    def start(self, batch: Batch, pending: Tensor) -> None:
+    def check(self, n_tokens: int) -> None:
         most = self.model.config.max_context
-        if most is not None and batch.capacity > most:
+        if most is not None and n_tokens > most:
             raise UserError(
-                f"{self.name} has a position table of {most} tokens, too short to draft for prompts and outputs of "
-                f"{batch.capacity}; lower max_new_tokens or the context, or use another drafter"
+                f"{self.name} has a position table of {most} tokens, too short to draft for a prompt and output of "
+                f"{n_tokens}; lower max_new_tokens or the context, or use another drafter"
             )
-        self.streams = _DraftStreams(batch.samplings)
-        self.state = self.model.new_state(
-            len(pending), batch.capacity, n_tentative=batch.most, dtype=self.dtype, device=self.device
-        )
-        prefill(self.model, batch.prompts, self.state, self.prefill_chunk)
+
+    def start(self, batch: Batch, pending: Tensor) -> None:
+        self.streams, self.state = _DraftStreams(batch.samplings), self._read(batch)
         self.unread, self.n_unread = pending[:, None], torch.ones_like(pending)
+
+    def extend(self, batch: Batch, pending: Tensor) -> None:
+        assert self.state is not None and self.streams is not None
+        self.streams.extend(_DraftStreams(batch.samplings))
+        self.state.extend(self._read(batch))
+        fresh = pending.new_zeros(len(pending), max(1, self.unread.shape[1]))
+        fresh[:, 0] = pending
+        old = F.pad(self.unread, (0, fresh.shape[1] - self.unread.shape[1]))
+        self.unread = torch.cat([old, fresh])
+        self.n_unread = torch.cat([self.n_unread, torch.ones_like(pending)])
+
+    def _read(self, batch: Batch) -> DecodeState:
+        """A state that has read the prompts."""
+        capacity = min(batch.capacity, self.model.config.max_context or batch.capacity)
+        state = self.model.new_state(
+            len(batch.prompts), capacity, n_tentative=batch.most, dtype=self.dtype, device=self.device
+        )
+        prefill(self.model, batch.prompts, state, self.prefill_chunk)
+        return state
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
         assert self.state is not None and self.streams is not None
@@ -196,10 +244,16 @@ class ModelDrafter:
 
     def keep(self, rows: Sequence[int]) -> None:
         assert self.state is not None and self.streams is not None
+        if not rows:
+            self.state = self.streams = None
+            return
         index = torch.tensor(list(rows), device=self.device)
         self.state.reorder(index)
         self.streams.keep(rows)
         self.unread, self.n_unread = self.unread[index], self.n_unread[index]
+
+    def state_bytes(self) -> int:
+        return 0 if self.state is None else self.state.held_bytes()
 
 
 class _DraftStreams:
@@ -218,6 +272,10 @@ class _DraftStreams:
     def keep(self, rows: Sequence[int]) -> None:
         self.sampler_of_drafts.seen = None
         self.sampler_of_drafts.keep(rows)
+
+    def extend(self, other: _DraftStreams) -> None:
+        self.sampler_of_drafts.seen = None
+        self.sampler_of_drafts.extend(other.sampler_of_drafts)
 
 
 DRAFT_SEED = 0x5EED0000

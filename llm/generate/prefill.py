@@ -12,32 +12,70 @@ from llm.core.state import DecodeState
 from llm.models.decoder import DecoderLike
 
 
+class Prefill:
+    """Reads right-padded prompts, `chunk` tokens at once (None: all).
+
+    start: tokens of every prompt that the state has read already, less than the shortest has. last [B, D]: hidden state
+    of each row's last token, once `done`.
+    """
+
+    def __init__(
+        self,
+        model: DecoderLike,
+        prompts: Sequence[Sequence[int]],
+        state: DecodeState,
+        chunk: int | None,
+        start: int = 0,
+    ) -> None:
+        self.model, self.state = model, state
+        device = state.length.device
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : lengths[row]] = torch.as_tensor(prompt)
+        self.tokens = tokens.to(device)
+        self.ends = torch.tensor(lengths, device=device)
+        self.ragged = min(lengths) < max(lengths)
+        self.at = start
+        self.chunk = chunk or max(lengths)
+        self.last: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all prompts have been read."""
+        return self.at >= self.tokens.shape[1]
+
+    def read(self) -> None:
+        """One chunk more."""
+        assert not self.done
+        part = self.tokens[:, self.at : self.at + self.chunk]
+        n_rows, n = part.shape
+        positions = torch.arange(self.at, self.at + n, device=part.device).expand(n_rows, -1)
+        valid = positions < self.ends[:, None] if self.ragged else None
+        hidden = self.model(part, SeqInfo(positions=positions, valid=valid), state=self.state).hidden
+        at = self.ends - 1 - self.at
+        inside = (at >= 0) & (at < n)
+        here = hidden[torch.arange(n_rows, device=part.device), at.clamp(0, n - 1)]
+        self.last = here if self.last is None else torch.where(inside[:, None], here, self.last)
+        self.at += n
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order, of which there is at least one; the state's too."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.ends.device)
+        self.state.reorder(index)
+        self.ends = self.ends[index]
+        longest = int(self.ends.max())
+        self.tokens = self.tokens[index, :longest]
+        self.ragged = int(self.ends.min()) < longest
+        self.last = None if self.last is None else self.last[index]
+
+
 def prefill(
     model: DecoderLike, prompts: Sequence[Sequence[int]], state: DecodeState, chunk: int | None, start: int = 0
 ) -> Tensor:
-    """Read right-padded prompts, `chunk` tokens at once (None: all); hidden [B, D] of each row's last token.
-
-    start: tokens of every prompt that the state has read already, less than the shortest has.
-    """
-    device = state.length.device
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    chunk = chunk or longest
-    ragged = min(lengths) < longest
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : lengths[row]] = torch.as_tensor(prompt)
-    tokens = tokens.to(device)
-    ends = torch.tensor(lengths, device=device)
-    last: Tensor | None = None
-    for first in range(start, longest, chunk):
-        part = tokens[:, first : first + chunk]
-        positions = torch.arange(first, first + part.shape[1], device=device).expand(len(prompts), -1)
-        valid = positions < ends[:, None] if ragged else None
-        hidden = model(part, SeqInfo(positions=positions, valid=valid), state=state).hidden
-        at = ends - 1 - first
-        inside = (at >= 0) & (at < part.shape[1])
-        here = hidden[torch.arange(len(prompts), device=device), at.clamp(0, part.shape[1] - 1)]
-        last = here if last is None else torch.where(inside[:, None], here, last)
-    assert last is not None
-    return last
+    """Read all of the prompts; hidden [B, D] of each row's last token. Arguments as of `Prefill`."""
+    reading = Prefill(model, prompts, state, chunk, start)
+    while not reading.done:
+        reading.read()
+    assert reading.last is not None
+    return reading.last

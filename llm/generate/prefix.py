@@ -63,14 +63,14 @@ class Prefix:
         state.restore(self.tensors)
         state.reorder(torch.zeros(batch, dtype=torch.int64, device=state.length.device))
 
-    def check(self, number: int, prompt: Sequence[int]) -> None:
-        """UserError when a prompt does not go on from the text."""
+    def check(self, prompt: Sequence[int], name: str) -> None:
+        """UserError, in which the prompt has this name, when it does not go on from the text."""
         differing = next((i for i, (a, b) in enumerate(zip(self.tokens, prompt)) if a != b), None)
         if differing is None and len(prompt) >= len(self.tokens):
             return
         where = f"differs from it at token {differing}" if differing is not None else f"has only {len(prompt)}"
         raise UserError(
-            f"prompt {number} does not begin with the {len(self.tokens)} tokens of the saved text: it {where}; give "
+            f"{name} does not begin with the {len(self.tokens)} tokens of the saved text: it {where}; give "
             "prompts that go on from it"
         )
 

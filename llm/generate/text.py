@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llm.data.tokenizer import Tokenizer
-from llm.generate.engine import Engine, FinishReason
+from llm.generate.engine import Engine
+from llm.generate.events import FinishReason
 from llm.generate.sampling import Sampling
 from llm.models.decoder import DecoderLike
 
@@ -87,16 +89,16 @@ def generate_text(
     pieces = tokenizer.pieces
     streams = [TextStream(pieces, s.stop) for s in samplings]
     texts = ["" for _ in prompts]
-    fresh = ["" for _ in prompts]
+    # Several tokens of an output may be decided before the first of them is told.
+    fresh: list[deque[str]] = [deque() for _ in prompts]
 
     def stop(request: int, token: int) -> bool:
-        fresh[request] = streams[request].push(token)
+        fresh[request].append(streams[request].push(token))
         return streams[request].stopped
 
     for event in engine.stream(ids, samplings, stop=stop):
         i = event.request
-        new = fresh[i]
-        fresh[i] = ""
+        new = fresh[i].popleft() if fresh[i] else ""
         if event.finish is not None and event.finish != "stop":
             new += streams[i].close()
         texts[i] += new

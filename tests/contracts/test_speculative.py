@@ -35,9 +35,16 @@ class Foreteller:
         self.all, self.random = outputs, random.Random(seed)
         self.rest: list[list[int]] = []
 
+    def check(self, n_tokens: int) -> None:
+        """Any length will do."""
+
     def start(self, batch: Batch, pending: Tensor) -> None:
+        self.rest = []
+        self.extend(batch, pending)
+
+    def extend(self, batch: Batch, pending: Tensor) -> None:
         known = {tuple(prompt): output for prompt, output in zip(PROMPTS, self.all)}
-        self.rest = [list(known[tuple(prompt)][1:]) for prompt in batch.prompts]
+        self.rest += [list(known[tuple(prompt)][1:]) for prompt in batch.prompts]
 
     def propose(self, pending: Tensor, counts: Tensor, state: Any, sampler: Any) -> Draft:
         drafts = []
@@ -55,6 +62,9 @@ class Foreteller:
 
     def keep(self, rows: Sequence[int]) -> None:
         self.rest = [self.rest[row] for row in rows]
+
+    def state_bytes(self) -> int:
+        return 0
 
 
 def build(kind: str, label: str, entry: Entry[Any]) -> Any:

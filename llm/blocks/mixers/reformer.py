@@ -80,27 +80,21 @@ class ReformerConfig(MixerConfig):
 
 
 class LSHState(KVState):
-    """Keys (unnormalised), values and, in `buckets` [B, capacity, H, rounds] int32, where the keys fell."""
+    """Keys (unnormalised), values and, in `buckets` [B, slots, H, rounds] int32, where the keys fell."""
 
     def __init__(
         self, batch: int, capacity: int, n_heads: int, d_head: int, n_hashes: int, *, dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:  # fmt: skip
         super().__init__(batch, capacity, n_heads, d_head, dtype=dtype, device=device)
-        self.buckets = torch.zeros(batch, capacity, n_heads, n_hashes, dtype=torch.int32, device=device)
+        self.buckets = torch.zeros(batch, 0, n_heads, n_hashes, dtype=torch.int32, device=device)
 
     def append_hashed(
         self, k: Tensor, v: Tensor, buckets: Tensor, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `append`, with buckets [B, T, H, rounds]; returns (k, v, buckets, positions)."""
-        offsets = torch.arange(k.shape[1], device=k.device)
-        slots = self.end()[:, None] + offsets
-        rows = torch.arange(k.shape[0], device=k.device)[:, None].expand_as(slots)
-        if self.extent + k.shape[1] > self.capacity:
-            # As in `append`: padding behind the real tokens may not fit.
-            real = offsets < self._counts(k.shape[1], counts)[:, None]
-            rows, slots, buckets = rows[real], slots[real], buckets[real]
-        self.buckets[rows, slots] = buckets.to(torch.int32)
+        rows, slots, keep, _ = self._places(k.shape[1], self._counts(k.shape[1], counts))
+        self.buckets[rows, slots] = (buckets if keep is None else buckets[keep]).to(torch.int32)
         keys, values, positions = self.append(k, v, counts)
         return keys, values, self.buckets[:, : self.extent], positions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from torch import Tensor
 from llm.core.errors import UserError
 from llm.core.states.base import DecodeState, fetch, own_copy, spread, take_along
 
+LEAST_SLOTS = 64
+"""Fewer are not worth making anew."""
+
 
 class KVState(DecodeState):
-    """Append-only keys and values: k, v [B, capacity, Hkv, Dk or Dv]. Rolling back only moves the length."""
+    """Append-only keys and values: k, v [B, slots, Hkv, Dk or Dv]. Rolling back only moves the length.
+
+    capacity: most tokens of a row, tentative ones included. Slots are made as they are needed, a power of two of them,
+    and `reorder` gives back what the rows that are left do not need.
+    """
 
     def __init__(
         self,
@@ -28,8 +36,8 @@ class KVState(DecodeState):
         super().__init__(batch, device=device)
         self.capacity = capacity
         self.extent = 0  # host bound on max(end()): what must be read
-        self.k = torch.zeros(batch, capacity, n_kv_heads, d_key, dtype=dtype, device=device)
-        self.v = torch.zeros(batch, capacity, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
+        self.k = torch.zeros(batch, 0, n_kv_heads, d_key, dtype=dtype, device=device)
+        self.v = torch.zeros(batch, 0, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v [B, T, Hkv, D] behind each row's end; of row b only the first counts[b] tokens are real.
@@ -37,33 +45,68 @@ class KVState(DecodeState):
         Returns (k [B, S, Hkv, D], v, positions [B, S] int64): everything that may be seen; a query at position p may
         see the entries with 0 <= position <= p.
         """
-        n_new = k.shape[1]
-        real = self._counts(n_new, counts)
-        offsets = torch.arange(n_new, device=k.device)
-        slots = self.end()[:, None] + offsets
-        rows = torch.arange(k.shape[0], device=k.device)[:, None].expand_as(slots)
-        extent = self.extent + n_new
-        if extent > self.capacity:
-            # The bound may be loose, and padding behind the real tokens may not fit: look at the device.
-            extent = int((self.end() + real).max())
-            assert extent <= self.capacity, f"{extent} tokens in a state made for {self.capacity}"
-            keep = offsets < real[:, None]
-            rows, slots, k, v = rows[keep], slots[keep], k[keep], v[keep]
-        self.k[rows, slots] = k.to(self.k.dtype)
-        self.v[rows, slots] = v.to(self.v.dtype)
+        real = self._counts(k.shape[1], counts)
+        rows, slots, keep, extent = self._places(k.shape[1], real)
+        self.k[rows, slots] = (k if keep is None else k[keep]).to(self.k.dtype)
+        self.v[rows, slots] = (v if keep is None else v[keep]).to(self.v.dtype)
         self.advance(real)
         self.extent = extent
         positions = torch.arange(extent, device=self.k.device).expand(self.batch, -1)
         return self.k[:, :extent], self.v[:, :extent], positions
+
+    def _places(self, n_new: int, real: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Where the next n_new tokens of each row go, of which real [B] count: (rows, slots, which of [B, n_new], None:
+        all, the extent behind them). There are slots for them."""
+        offsets = torch.arange(n_new, device=real.device)
+        slots = self.end()[:, None] + offsets
+        rows = torch.arange(self.batch, device=real.device)[:, None].expand_as(slots)
+        extent = self.extent + n_new
+        if extent <= self.capacity:
+            self._make_slots(extent)
+            return rows, slots, None, extent
+        # The bound may be loose, and padding behind the real tokens may not fit: look at the device.
+        extent = int((self.end() + real).max())
+        assert extent <= self.capacity, f"{extent} tokens in a state made for {self.capacity}"
+        self._make_slots(extent)
+        keep = offsets < real[:, None]
+        return rows[keep], slots[keep], keep, extent
+
+    def _n_slots(self, n: int) -> int:
+        """Slots that are made for n tokens."""
+        return min(self.capacity, max(LEAST_SLOTS, 1 << (n - 1).bit_length())) if n else 0
+
+    def _make_slots(self, n: int) -> None:
+        missing = self._n_slots(n) - self.k.shape[1]
+        if n > self.k.shape[1]:
+            for name, tensor in self._rows().items():
+                self._set_row(name, torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1))
 
     def commit(self, accepted: Tensor) -> None:
         super().commit(accepted)
         # Without this the bound would grow by every rejected token; whoever commits has read the tokens anyway.
         self.extent = int(self.length.max()) if self.batch else 0
 
+    def reorder(self, index: Tensor) -> None:
+        self.extent = int(self.end()[index].max()) if len(index) else 0
+        n = self._n_slots(self.extent)
+        if n < self.k.shape[1]:
+            for name, tensor in self._rows().items():
+                self._set_row(name, tensor[:, :n])
+        super().reorder(index)
+
     def adopt(self, rows: Tensor, other: DecodeState) -> None:
+        assert isinstance(other, KVState) and other.capacity == self.capacity
+        n = max(self.k.shape[1], other.k.shape[1])
+        self._make_slots(n)
+        other._make_slots(n)
         super().adopt(rows, other)
         self.extent = int(self.length.max()) if self.batch else 0
+
+    def nbytes(self) -> int:
+        return sum(self.batch * self.capacity * prod(t.shape[2:]) * t.element_size() for t in self._rows().values())
+
+    def held_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._rows().values())
 
     def export(self) -> dict[str, Tensor]:
         assert self.n_tentative is None, "commit or abort before an export"
@@ -81,7 +124,7 @@ class KVState(DecodeState):
                 "raise the capacity"
             )
         for name, tensor in self._rows().items():
-            filled = tensor.new_zeros(self.batch, *tensor.shape[1:])
+            filled = tensor.new_zeros(self.batch, self._n_slots(self.extent), *tensor.shape[2:])
             stored = tensors.get(name)
             shape = (self.extent if stored is None else stored.shape[1], *tensor.shape[2:])
             filled[:, : self.extent] = fetch(tensors, name, shape)[:, : self.extent].to(tensor)

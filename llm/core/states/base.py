@@ -89,9 +89,23 @@ class DecodeState:
         for name, tensor in self._rows().items():
             self._set_row(name, torch.where(spread(rows, tensor), theirs[name], tensor))
 
+    def extend(self, other: DecodeState) -> None:
+        """Put the rows of `other`, which was made with the same arguments, behind those that are there. Outside of
+        transactions only; `other` is used up."""
+        n_old = self.batch
+        place = torch.arange(n_old + other.batch, device=self.length.device)
+        is_new = place >= n_old
+        other.reorder(torch.where(is_new, place - n_old, 0))
+        self.reorder(torch.where(is_new, 0, place))
+        self.adopt(is_new, other)
+
     def nbytes(self) -> int:
-        """Bytes held in tensors, the two counters not counted."""
+        """Bytes of the tensors of full rows, the two counters not counted."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._rows().values())
+
+    def held_bytes(self) -> int:
+        """Bytes held now."""
+        return self.nbytes()
 
     def export(self) -> dict[str, Tensor]:
         """Committed contents by name, for a prompt cache on disk; `restore` reads them back.
@@ -189,6 +203,9 @@ class CompositeState(DecodeState):
 
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self.parts.values())
+
+    def held_bytes(self) -> int:
+        return sum(part.held_bytes() for part in self.parts.values())
 
     def export(self) -> dict[str, Tensor]:
         return {f"{key}/{name}": tensor for key, part in self.parts.items() for name, tensor in part.export().items()}

@@ -197,10 +197,16 @@ class SegmentState(DecodeState):
         self._index = [self._segment_of(end) for end in self._ends]
 
     def nbytes(self) -> int:
-        total = 0 if self.log is None else self.log.nbytes()
-        for lane in self.lanes:
-            total += lane.inner.nbytes() + sum(t.numel() * t.element_size() for t in lane.carried.values())
-        return total
+        return self._carried_bytes() + sum(state.nbytes() for state in self._states())
+
+    def held_bytes(self) -> int:
+        return self._carried_bytes() + sum(state.held_bytes() for state in self._states())
+
+    def _states(self) -> list[DecodeState]:
+        return [lane.inner for lane in self.lanes] + ([] if self.log is None else [self.log])
+
+    def _carried_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for lane in self.lanes for t in lane.carried.values())
 
     def export(self) -> dict[str, Tensor]:
         tensors = super().export()

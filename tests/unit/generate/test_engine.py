@@ -8,7 +8,8 @@ import torch
 from llm.core.errors import UserError
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
-from llm.generate.engine import Completion, Engine, TokenEvent
+from llm.generate.engine import Engine
+from llm.generate.events import Completion, TokenEvent
 from llm.generate.sampling import Sampling
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder

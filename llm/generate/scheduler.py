@@ -1,0 +1,312 @@
+"""Scheduler: requests that come and go while others run, in one batch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm.core.seq import SeqInfo
+from llm.core.state import DecodeState
+from llm.generate.drafters import Batch, Draft, Drafter
+from llm.generate.events import FinishReason, TokenEvent
+from llm.generate.prefill import Prefill
+from llm.generate.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from llm.generate.engine import Engine
+
+
+class Scheduler:
+    """Runs requests on an engine, `engine.max_batch` of them together; not to be used from several threads at once.
+
+    Waiting requests are read together, a chunk of their prompts in each step, beside those that run: when all of them
+    have a place, or a quarter of the places is free. An engine with a drafter serves one scheduler at a time.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._n_submitted = 0
+        self._waiting: deque[_Request] = deque()
+        self._joining: _Group | None = None
+        self._running: _Group | None = None
+        self._in_step = False
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Callable[[int], bool] | None = None,
+        n_logprobs: int | None = None,
+    ) -> int:
+        """Let a request wait for its turn; its number, which no other request of this scheduler has.
+
+        stop: token -> whether the output ends with it; called once for each token, in order. n_logprobs: how many of
+        the likeliest tokens are told with each token, next to its own log-probability; None: neither. UserError when
+        the prompt is empty, holds an id outside the vocabulary, leaves no room for a new token, or is too long to be
+        drafted for.
+        """
+        engine = self.engine
+        engine.check(prompt, "the prompt")
+        request = _Request(self._n_submitted, prompt, sampling, engine.context, stop, n_logprobs)
+        if engine.drafter is not None:
+            engine.drafter.check(len(prompt) + request.limit)
+        self._n_submitted += 1
+        self._waiting.append(request)
+        return request.number
+
+    def cancel(self, request: int) -> None:
+        """End a request without another token; its row and place are free before the next forward. No effect when it
+        has ended."""
+        for each in self._all():
+            if each.number == request:
+                each.ended = True
+        if not self._in_step:
+            self._drop()
+
+    @property
+    def n_running(self) -> int:
+        """Requests that have a place, those whose prompts are being read included."""
+        groups = [group for group in (self._joining, self._running) if group is not None]
+        return sum(not request.ended for group in groups for request in group.requests)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that have no place yet."""
+        return sum(not request.ended for request in self._waiting)
+
+    def state_bytes(self) -> int:
+        """Bytes of decode state held now, the drafter's included."""
+        groups = [group for group in (self._joining, self._running) if group is not None]
+        drafter = self.engine.drafter
+        own = drafter.state_bytes() if drafter is not None and self._running is not None else 0
+        return own + sum(group.state.held_bytes() for group in groups)
+
+    @torch.no_grad()
+    def step(self) -> list[TokenEvent]:
+        """Admit waiting requests, read some of their prompts, one forward of those that run (with a drafter: one draft
+        and its check). The tokens that came of it, in order for each request; [] when there is nothing to do."""
+        self._in_step = True
+        try:
+            self._admit()
+            events: list[TokenEvent] = []
+            while self._joining is not None and not events:
+                joining, prefill = self._joining, self._joining.prefill
+                assert prefill is not None
+                prefill.read()
+                if prefill.done:
+                    self._joining = None
+                    events += self._join(joining)
+                if self._running is not None:
+                    break
+            if self._running is not None:
+                events += self._forward(self._running)
+        finally:
+            self._in_step = False
+            self._drop()
+        return events
+
+    def _all(self) -> list[_Request]:
+        groups = [group for group in (self._joining, self._running) if group is not None]
+        return [*self._waiting, *(request for group in groups for request in group.requests)]
+
+    def _drop(self) -> None:
+        """Free what requests hold that have ended or were cancelled."""
+        self._waiting = deque(request for request in self._waiting if not request.ended)
+        if self._joining is not None and (rows := self._joining.left()) is not None:
+            self._joining = self._joining if rows else None
+            if self._joining is not None:
+                self._joining.keep(rows)
+        if self._running is not None and (rows := self._running.left()) is not None:
+            if self.engine.drafter is not None:
+                self.engine.drafter.keep(rows)
+                self.engine.draft_length.keep(rows)
+            self._running = self._running if rows else None
+            if self._running is not None:
+                self._running.keep(rows)
+
+    def _admit(self) -> None:
+        """Begin to read the prompts of waiting requests, if it is time to."""
+        most = self.engine.max_batch
+        free = most - (0 if self._running is None else len(self._running.requests))
+        n_waiting = len(self._waiting)
+        if self._joining is None and n_waiting and free >= min(n_waiting, max(1, most // 4)):
+            self._joining = _Group(self.engine, [self._waiting.popleft() for _ in range(min(n_waiting, free))])
+
+    def _join(self, fresh: _Group) -> list[TokenEvent]:
+        """Requests whose prompts have been read say their first tokens and run with the others."""
+        engine = self.engine
+        logits = fresh.first_token()
+        events = fresh.say(fresh.pending[:, None], [0] * len(fresh.requests), logits[:, None], engine.eos_id)
+        rows = fresh.left()
+        if rows is not None:
+            if not rows:
+                return events
+            fresh.keep(rows)
+        if engine.drafter is not None:
+            prompts, samplings = [r.prompt for r in fresh.requests], [r.sampling for r in fresh.requests]
+            batch = Batch(prompts, samplings, engine.context, engine.draft_length.most)
+            add = engine.drafter.start if self._running is None else engine.drafter.extend
+            add(batch, fresh.pending)
+            if self._running is None:
+                engine.draft_length.start(0)
+            engine.draft_length.extend(len(fresh.requests))
+        if self._running is None:
+            self._running = fresh
+        else:
+            self._running.extend(fresh)
+        return events
+
+    def _forward(self, group: _Group) -> list[TokenEvent]:
+        """One forward of a row's pending token, and of a draft behind it where there is a drafter."""
+        engine = self.engine
+        if engine.drafter is not None:
+            return self._speculate(engine.drafter, group)
+        seq = SeqInfo(positions=group.state.end()[:, None])
+        logits = engine.model.head(engine.model(group.pending[:, None], seq, state=group.state).hidden[:, -1])
+        group.pending = group.sampler(logits)
+        return group.say(group.pending[:, None], [0] * len(group.requests), logits[:, None], engine.eos_id)
+
+    def _speculate(self, drafter: Drafter, group: _Group) -> list[TokenEvent]:
+        engine, state, pending = self.engine, group.state, group.pending
+        started = time.perf_counter()
+        most = engine.draft_length.next()
+        wanted = [min(request.limit - request.n_made - 1, most) for request in group.requests]
+        counts = torch.tensor(wanted, device=engine.device)
+        draft = Draft(pending.new_zeros(len(pending), 0), torch.zeros_like(counts))
+        if max(wanted) > 0:
+            draft = drafter.propose(pending, counts, state, group.sampler)
+        drafted = time.perf_counter()
+        n = draft.tokens.shape[1]
+        steps = torch.arange(n + 1, device=engine.device)
+        valid = None if int(draft.counts.min()) == n else steps <= draft.counts[:, None]
+        state.begin(n + 1)
+        seq = SeqInfo(positions=state.end()[:, None] + steps, valid=valid)
+        hidden = engine.model(torch.cat([pending[:, None], draft.tokens], dim=1), seq, state=state).hidden
+        logits = engine.model.head(hidden)
+        accepted, ids = group.sampler.accept(logits, draft.tokens, draft.counts, draft.q)
+        state.commit(accepted + 1)
+        drafter.committed(draft, accepted, ids)
+        given, kept = draft.counts.tolist(), accepted.tolist()
+        group.pending = ids
+        engine.speculation.add(given, kept)
+        engine.draft_length.observe(given, kept, drafted - started, time.perf_counter() - drafted)
+        tokens = torch.cat([draft.tokens, ids[:, None]], dim=1).scatter(1, accepted[:, None], ids[:, None])
+        return group.say(tokens, kept, logits, engine.eos_id)
+
+
+class _Request:
+    """limit: most new tokens; n_made: those so far."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        context: int,
+        stop: Callable[[int], bool] | None,
+        n_logprobs: int | None,
+    ) -> None:
+        self.number, self.prompt, self.sampling = number, prompt, sampling
+        self.stop, self.n_logprobs = stop, n_logprobs
+        self.limit = min(sampling.max_new_tokens, context - len(prompt))
+        self.n_made = 0
+        self.ended = False
+
+    def finish(self, token: int, eos_id: int | None) -> FinishReason | None:
+        """Why the output ends with one more token, if it does."""
+        self.n_made += 1
+        if token == eos_id and not self.sampling.ignore_eos:
+            return "eos"
+        if self.stop is not None and self.stop(token):
+            return "stop"
+        if self.n_made >= self.limit:
+            return "length" if self.limit == self.sampling.max_new_tokens else "context"
+        return None
+
+
+class _Group:
+    """Requests that are read, or run, together: row b of each part is requests[b]. pending [B]: the newest token of
+    each output, which the state has not read yet."""
+
+    def __init__(self, engine: Engine, requests: list[_Request]) -> None:
+        self.requests = requests
+        self.model = engine.model
+        prompts = [request.prompt for request in requests]
+        n_tentative = engine.draft_length.most + 1 if engine.drafter is not None else 0
+        # The same capacity for all: states of one kind can be put together, and what is not needed is not held.
+        self.state: DecodeState = engine.model.new_state(
+            len(requests), engine.context, n_tentative=n_tentative, dtype=engine.dtype, device=engine.device
+        )
+        n_read = 0
+        if engine.prefix is not None:
+            engine.prefix.restore(self.state)
+            n_read = engine.prefix.n_read
+        vocab_size = engine.model.config.required_vocab_size()
+        self.sampler = Sampler([request.sampling for request in requests], prompts, vocab_size, engine.device)
+        self.prefill: Prefill | None = Prefill(engine.model, prompts, self.state, engine.prefill_chunk, n_read)
+        self.pending = torch.zeros(len(requests), dtype=torch.int64, device=engine.device)
+
+    def first_token(self) -> Tensor:
+        """Logits [B, V] behind the prompts, from which `pending` is drawn."""
+        assert self.prefill is not None and self.prefill.last is not None
+        logits = self.model.head(self.prefill.last)
+        self.prefill = None
+        self.pending = self.sampler(logits)
+        return logits
+
+    def left(self) -> list[int] | None:
+        """Rows of requests that go on; None: all of them."""
+        rows = [row for row, request in enumerate(self.requests) if not request.ended]
+        return None if len(rows) == len(self.requests) else rows
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, of which there is at least one."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.pending.device)
+        self.requests = [self.requests[row] for row in rows]
+        self.state.reorder(index)
+        self.sampler.keep(rows)
+        self.pending = self.pending[index]
+        if self.prefill is not None:
+            self.prefill.keep(rows)
+
+    def extend(self, other: _Group) -> None:
+        """Go on with the requests of another group too."""
+        self.requests += other.requests
+        self.state.extend(other.state)
+        self.sampler.extend(other.sampler)
+        self.pending = torch.cat([self.pending, other.pending])
+
+    def say(self, tokens: Tensor, n_before: Sequence[int], logits: Tensor, eos_id: int | None) -> list[TokenEvent]:
+        """Events of the first n_before[b] + 1 of tokens [B, N], or of fewer when one of them ends the output. logits
+        [B, N, V]: what the model said at each place."""
+        events = []
+        for row, (request, new) in enumerate(zip(self.requests, tokens.tolist(), strict=True)):
+            if request.ended:
+                continue
+            new = new[: n_before[row] + 1]
+            told = None
+            if request.n_logprobs is not None:
+                told = _log_probabilities(logits[row, : len(new)], tokens[row, : len(new)], request.n_logprobs)
+            for place, token in enumerate(new):
+                finish = request.finish(token, eos_id)
+                own, top = (None, ()) if told is None else told[place]
+                events.append(TokenEvent(request.number, token, finish, own, top))
+                if finish is not None:
+                    request.ended = True
+                if request.ended:
+                    break
+        return events
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of each of tokens [N], by logits [N, V], and the n likeliest (token, log-probability) in its place."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(n, logprobs.shape[-1]), dim=-1)
+    return [(o, tuple(zip(i, v))) for o, i, v in zip(own, ids.tolist(), values.tolist())]
