@@ -10,8 +10,9 @@ The bake-off: train every candidate with the same tokens in the same order, meas
   --report   make the table and plots again from the runs that are there
 
 Each candidate is laid over a base run (`base`, `run`); `match` chooses widths so that parameters or FLOPs are equal.
-The trainings are ordinary runs in runs/<name>/<candidate>-s<seed>. The same command again goes on where it was: a
-finished run is not repeated, a killed one resumes. A candidate that fails is reported and the others go on.
+The trainings are ordinary runs in runs/<name>/<candidate>-s<seed>. With `recall`, one block of each is also trained on
+associative recall. The same command again goes on where it was: a finished run is not repeated, a killed one resumes. A
+candidate that fails is reported and the others go on.
 Results: runs/<name>/<name>.md, .json and .png, copied to `out=FOLDER` if given.
 Exit codes: 0 done, 1 some candidate failed, 2 a mistake in the config, 75 stopped by SIGTERM or Ctrl-C: the trainings
 have been saved, the same command goes on.
@@ -32,6 +33,7 @@ from launch._cli import run
 def main(argv: list[str]) -> int:
     """Compare."""
     from evals.compare.config import CompareConfig
+    from evals.compare.recall import recall_all
     from evals.compare.report import summarise, table, write
     from evals.compare.runs import found_run, locked, refuse_foreign, run_config, train_all
     from evals.compare.solve import solve
@@ -52,20 +54,27 @@ def main(argv: list[str]) -> int:
     if "--solve" in options:
         return 0
     folder = Path(config.runs_dir) / config.name
+    recalled: dict[str, dict[str, Any]] = {}
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     pairs = [(found, seed) for seed in config.seeds for found in candidates]
     for found, seed in pairs:
         refuse_foreign(run_config(config, found, seed))
     if "--report" in options:
         runs = [found_run(config, found, seed) for found, seed in pairs]
+        recalled = recall_all(config, candidates, log, train=False)
     else:
         try:
             with locked(folder):
-                runs = train_all(config, candidates, lambda line: print(line, file=sys.stderr, flush=True))
+                runs = train_all(config, candidates, log)
+                recalled = recall_all(config, candidates, log, train=True)
         except KeyboardInterrupt:
             print("compare: stopped; the same command goes on", file=sys.stderr)
             return 75
     measured = {found.name: _measured(found, config, folder) for found in candidates}
-    result = summarise(config, candidates, runs, measured)
+    result = summarise(config, candidates, runs, measured, recalled)
     write(result, folder)
     if config.out is not None:
         write(result, Path(config.out))

@@ -49,6 +49,22 @@ class MeasureConfig(Config):
     num_threads: int = Field(1, ge=1)
 
 
+class RecallConfig(Config):
+    """Multi-query associative recall (evals/synthetic/mqar.py): one block of each candidate is trained for it at width
+    d_model, behind a layer of attention over two tokens that all have. Of `lrs` (Muon) the best is taken; a training
+    ends early at an accuracy of `stop_at`. Candidates with a wrapper have no figure."""
+
+    d_model: int = Field(96, ge=1)
+    length: int = Field(64, ge=4)
+    n_pairs: list[int] = Field([4, 8, 16], min_length=1)
+    vocab_size: int = Field(65, ge=5)
+    steps: int = Field(600, ge=1)
+    lrs: list[float] = Field([0.005], min_length=1)
+    stop_at: float = Field(0.995, gt=0, le=1)
+    eval_examples: int = Field(256, ge=1)
+    seeds: list[int] = Field([0], min_length=1)
+
+
 class CompareConfig(Config):
     """base: path of the run config on which all candidates build. run: sections laid over it (data, train, ...).
 
@@ -62,6 +78,7 @@ class CompareConfig(Config):
     seeds: list[int] = Field([0, 1], min_length=1)
     match: MatchConfig = MatchConfig()
     measure: MeasureConfig = MeasureConfig()
+    recall: RecallConfig | None = None
     jobs: int = Field(1, ge=1)
     num_threads: int = Field(1, ge=1)
     runs_dir: str = "runs"

@@ -31,7 +31,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 def summarise(
-    config: CompareConfig, candidates: list[Matched], runs: list[Finished], measured: dict[str, dict[str, Any]]
+    config: CompareConfig,
+    candidates: list[Matched],
+    runs: list[Finished],
+    measured: dict[str, dict[str, Any]],
+    recalled: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Everything that the table and the plots show, as plain data."""
     rows: list[dict[str, Any]] = []
@@ -53,6 +57,7 @@ def summarise(
                 "curve": _curve(own),
                 "errors": {run.seed: run.error for run in own if run.error is not None},
                 "measured": measured.get(matched.name, {}),
+                "recall": (recalled or {}).get(matched.name),
             }
         )
     done = next((run for run in runs if run.error is None and run.records("start")), None)
@@ -70,6 +75,7 @@ def summarise(
         "seeds": config.seeds,
         "match": config.match.to_dict(),
         "measure": config.measure.to_dict(),
+        "recall": None if config.recall is None else config.recall.to_dict(),
         "jobs": config.jobs,
         "num_threads": config.num_threads,
         "device": cpu_name(),
@@ -122,9 +128,12 @@ def table(result: dict[str, Any]) -> str:
     head += ["training FLOPs per token", "training seconds"]
     head += [f"tokens/s at {n}" for n in lengths] + [f"decode ms after {n}" for n in contexts]
     head += [f"state bytes after {n}" for n in contexts]
+    recall = result["recall"]
+    pairs = [] if recall is None else [str(n) for n in recall["n_pairs"]]
+    head += [f"recall of {n} pairs" for n in pairs]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
-        lines.append("| " + " | ".join(_cells(row, lengths, contexts)) + " |")
+        lines.append("| " + " | ".join(_cells(row, lengths, contexts, pairs)) + " |")
     return "\n".join([*lines, "", *_conditions(result), ""])
 
 
@@ -138,7 +147,7 @@ def _mean(row: dict[str, Any]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _cells(row: dict[str, Any], lengths: list[str], contexts: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], lengths: list[str], contexts: list[str], pairs: list[str]) -> list[str]:
     params = f"{row['params_blocks']:,}" + (f" ({row['mismatch']:+.1%})" if abs(row["mismatch"]) > 0.01 else "")
     cells = [f"`{row['name']}`", str(row["d_model"]), params]
     mean = _mean(row)
@@ -161,7 +170,9 @@ def _cells(row: dict[str, Any], lengths: list[str], contexts: list[str]) -> list
 
     cells += [shown("tokens_per_second", n, 1, ",.0f") for n in lengths]
     cells += [shown("decode_seconds", n, 1e3, ".1f") for n in contexts]
-    return cells + [shown("state_bytes", n, 1, ",.0f") for n in contexts]
+    cells += [shown("state_bytes", n, 1, ",.0f") for n in contexts]
+    recalled = (row["recall"] or {}).get("by_pairs") or {}
+    return cells + ["" if recalled.get(n) is None else f"{recalled[n]:.3f}" for n in pairs]
 
 
 def _conditions(result: dict[str, Any]) -> list[str]:
@@ -183,6 +194,19 @@ def _conditions(result: dict[str, Any]) -> list[str]:
         f"{result['device']}, {result['num_threads']} thread(s) a training, whose seconds are those of a shared "
         f"machine{speed}. torch {result['versions'].get('torch')}, config {result['config']}, "
         f"trained at revision {trained_at}.",
+        *_recall_conditions(result["recall"]),
+    ]
+
+
+def _recall_conditions(recall: dict[str, Any] | None) -> list[str]:
+    """What the columns of recall are of."""
+    if recall is None:
+        return []
+    return [
+        f"Recall: share of right answers of one block at width {recall['d_model']} behind a layer over two tokens, "
+        f"trained for it for at most {recall['steps']} steps (Muon, the best of the rates {recall['lrs']}), seeds "
+        f"{recall['seeds']}; {recall['length']} tokens, {recall['vocab_size']} ids. One of the values at random would "
+        "be right in 1 / pairs. Empty for wrappers."
     ]
 
 

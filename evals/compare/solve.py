@@ -92,7 +92,7 @@ def _nearest(model: ModelConfig, match: MatchConfig, target: float, seq_len: int
         return model
     tried: list[tuple[float, int, ModelConfig]] = []
     for d_model in _widths(model, match, target, seq_len):
-        wide = _at_width(model, d_model)
+        wide = at_width(model, d_model)
         if wide is None:
             continue
         best = _tuned(wide, match, target, seq_len)
@@ -112,7 +112,7 @@ def _widths(model: ModelConfig, match: MatchConfig, target: float, seq_len: int)
     low, high = 0, len(widths) - 1
     while low < high:
         middle = (low + high) // 2
-        wide = next((w for w in (_at_width(model, width) for width in widths[middle:]) if w is not None), None)
+        wide = next((w for w in (at_width(model, width) for width in widths[middle:]) if w is not None), None)
         if wide is None or figure(wide.cost(seq_len), match) >= target:
             high = middle
         else:
@@ -120,7 +120,7 @@ def _widths(model: ModelConfig, match: MatchConfig, target: float, seq_len: int)
     return widths[max(0, low - 4) : low + 5]
 
 
-def _at_width(model: ModelConfig, d_model: int) -> ModelConfig | None:
+def at_width(model: ModelConfig, d_model: int) -> ModelConfig | None:
     """The model at another width, or None where that cannot be built."""
     tree = model.to_dict() | {"d_model": d_model}
     ratio = d_model / model.d_model

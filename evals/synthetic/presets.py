@@ -6,14 +6,14 @@ from typing import Any
 
 # Recall needs each token to see the one before it: a layer that all models have gives them that, so that what is
 # compared is how well pairs are kept and found again.
-_PREVIOUS_TOKEN = {"mixer": {"type": "attention", "n_heads": 2, "window": 2}, "channel": None}
+PREVIOUS_TOKEN = {"mixer": {"type": "attention", "n_heads": 2, "window": 2}, "channel": None}
 
 SMALL: dict[str, dict[str, Any]] = {
     "mqar": {
         "task": {"length": 64, "n_pairs": [4, 8, 16], "vocab_size": 65},
         "model": {
             "layers": [
-                {"pattern": [_PREVIOUS_TOKEN, {"mixer": "attention", "channel": {"type": "swiglu", "d_hidden": 128}}]}
+                {"pattern": [PREVIOUS_TOKEN, {"mixer": "attention", "channel": {"type": "swiglu", "d_hidden": 128}}]}
             ],
             "position": "none",
         },

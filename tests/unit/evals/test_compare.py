@@ -12,6 +12,7 @@ import pytest
 from evals.compare import runs as compare_runs
 from evals.compare.config import CompareConfig, MeasureConfig
 from evals.compare.measure import measure
+from evals.compare.recall import recall_all, recall_model
 from evals.compare.report import plots, summarise, table
 from evals.compare.solve import solve
 from llm.config.load import dump_config
@@ -108,6 +109,31 @@ def test_measure_grows_with_attention_alone(tmp_path: Path, data: Path) -> None:
     assert found["attention"]["state_bytes"][64] == 8 * found["attention"]["state_bytes"][8]
     assert found["retention"]["state_bytes"][64] == found["retention"]["state_bytes"][8]
     assert all(value > 0 for one in found.values() for value in one["decode_seconds"].values())
+
+
+def test_recall_is_of_one_block_behind_the_same_layer(tmp_path: Path, data: Path) -> None:
+    looped = {"model": {"wrappers": [{"type": "loop", "n_loop": 2, "n_loops": 2}]}}
+    tiny = {"d_model": 16, "length": 12, "n_pairs": [2, 4], "vocab_size": 9, "steps": 2, "eval_examples": 8}
+    config = comparison(tmp_path, data, recall=tiny, candidates=CANDIDATES | {"loop": looped})
+    assert config.recall is not None
+    candidates = solve(config, 257)
+    for found in candidates:
+        model = recall_model(found.model, config.recall)
+        if found.name == "loop":
+            assert model is None
+            continue
+        assert model is not None
+        first, second = model.blocks()
+        assert getattr(first.mixer, "window", None) == 2 and first.channel is None
+        assert second.mixer.type == found.model.blocks()[0].mixer.type
+    lines: list[str] = []
+    assert recall_all(config, candidates, lines.append, train=False) == {} and not lines
+    results = recall_all(config, candidates[1:2], lines.append, train=True)
+    assert results["window"]["steps"] == [2] and set(results["window"]["by_pairs"]) == {"2", "4"}
+    assert recall_all(config, candidates, lines.append, train=False) == results and lines == ["recall of window"]
+    text = table(summarise(config, candidates, [], {}, results))
+    row = next(line for line in text.splitlines() if line.startswith("| `window`"))
+    assert row.endswith(f"| {results['window']['by_pairs']['2']:.3f} | {results['window']['by_pairs']['4']:.3f} |")
 
 
 def test_differences_are_those_of_the_same_seed(tmp_path: Path, data: Path) -> None:
