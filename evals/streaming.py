@@ -21,7 +21,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -43,7 +43,8 @@ class StreamingConfig(Config):
     """What is streamed. Lengths are in tokens; a point of comparison lies at a common end of both kinds of chunks.
 
     tolerance: largest allowed difference of hidden states, relative to their largest value. memory_tolerance: by how
-    much the peak of resident memory in the second half may exceed that of the first, relative.
+    much the peak of resident memory in the second half may exceed that of the first, relative. precision: fp64 tells
+    rounding, which some memories amplify, from a mistake.
     """
 
     name: str
@@ -56,6 +57,7 @@ class StreamingConfig(Config):
     num_threads: int = Field(1, ge=1)
     tolerance: float = Field(1e-3, gt=0)
     memory_tolerance: float = Field(0.02, gt=0)
+    precision: Literal["fp32", "fp64"] = "fp32"
 
     @model_validator(mode="after")
     def _room(self) -> StreamingConfig:
@@ -119,11 +121,12 @@ def run(config: StreamingConfig) -> dict[str, Any]:
     torch.set_num_threads(config.num_threads)
     model = config.model.build("cpu")
     initialise(model, config.seed)
-    model.eval()
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
+    model.to(dtype).eval()
 
     def reader() -> Reader:
         capacity = config.tokens + config.chunk
-        return Reader(model, config, model.new_state(1, capacity, dtype=torch.float32, device="cpu"))
+        return Reader(model, config, model.new_state(1, capacity, dtype=dtype, device="cpu"))
 
     first, second = reader(), reader()
     state_bytes = first.state.nbytes()
@@ -162,6 +165,7 @@ def run(config: StreamingConfig) -> dict[str, Any]:
         "name": config.name,
         "parameters": config.model.cost(1024).total.params,
         "tokens": config.tokens,
+        "precision": config.precision,
         "chunk": config.chunk,
         "other_chunk": config.other_chunk,
         "tokens_per_second": config.tokens / seconds,

@@ -199,6 +199,8 @@ class Rope(PositionEncoding):
         interleaved = self.config.interleaved
         if torch.compiler.is_compiling():
             return (x * cos + _partner(x, interleaved) * sin).to(x.dtype)
+        if not torch.is_grad_enabled():
+            return torch.addcmul(x * cos, _partner(x, interleaved), sin).to(x.dtype)
         return _Rotate.apply(x, cos, sin, interleaved)
 
 

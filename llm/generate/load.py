@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llm.blocks.linears.dense import let_join
 from llm.checkpoint import load_model_tensors, resolve_checkpoint
 from llm.checkpoint.hf import is_hf_folder, load_hf
 from llm.checkpoint.hf.build import build_model
@@ -56,7 +57,9 @@ def load_model(
             f"the tokenizer has {found.vocab_size} tokens, the model in {path} only {config.vocab_size}; "
             "give the tokenizer that it was trained with as tokenizer=FOLDER"
         )
-    return Loaded(build_model(config, tensors, device=device, dtype=dtype, source=str(path)), found, tree)
+    model = build_model(config, tensors, device=device, dtype=dtype, source=str(path))
+    let_join(model)
+    return Loaded(model, found, tree)
 
 
 def read_run_config(step: Path) -> dict[str, Any]:

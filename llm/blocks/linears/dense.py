@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +36,14 @@ class DenseLinearConfig(LinearConfig):
 
 
 class DenseLinear(nn.Module):
-    """weight [d_out, d_in], bias [d_out] or None."""
+    """weight [d_out, d_in], bias [d_out] or None.
+
+    may_join: whether the weight may move into one tensor with those of the layers that are applied beside it.
+    joined: that tensor [sum of d_out, d_in], kept by the first of them, of whose rows their weights are views.
+    """
+
+    may_join = False
+    joined: Tensor | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, std: float, init: InitConfig) -> None:
         super().__init__()
@@ -44,6 +54,13 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> DenseLinear:
+        self.joined = None  # on another device or in another dtype the weights part again
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "joined"}  # nor are copies views
 
     def init_spec(self) -> dict[str, Init]:
         return {"weight": linear_init(self.std, self.init), "bias": constant(0.0)}
@@ -65,11 +82,36 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor | None:
     """The outputs of several linears beside one another in one tensor, or None where they are not plain dense layers
     (a weight that is split over devices stays apart, too).
 
-    Their parameters stay apart, so that optimizers and checkpoints know each by its name.
+    Their parameters stay apart, so that optimizers and checkpoints know each by its name; see `let_join`.
     """
     dense = [part for part in linears if type(part) is DenseLinear and not hasattr(part.weight, "device_mesh")]
     if len(dense) != len(linears) or len({linear.bias is None for linear in dense}) > 1:
         return None
-    weight = torch.cat([linear.weight for linear in dense])
+    weight = _joined_weight(dense)
     biases: list[Tensor] = [linear.bias for linear in dense if linear.bias is not None]
     return F.linear(x, weight, torch.cat(biases) if biases else None)
+
+
+def let_join(model: nn.Module) -> None:
+    """For inference: layers that are applied together may put their weights into one tensor when they first are, which
+    saves copying them at every step. Names, values and in-place changes of the parameters stay as they are."""
+    for module in model.modules():
+        if type(module) is DenseLinear:
+            module.may_join = module.joined is None
+
+
+def _joined_weight(linears: Sequence[DenseLinear]) -> Tensor:
+    """The weights beside one another [sum of d_out, d_in]: as they lie in memory where they have been joined."""
+    first = linears[0]
+    joined = first.joined
+    if joined is not None and joined.shape[0] == sum(linear.weight.shape[0] for linear in linears):
+        if torch.compiler.is_compiling() or joined.data_ptr() == first.weight.data_ptr():
+            return joined
+    weight = torch.cat([linear.weight for linear in linears])
+    if all(linear.may_join for linear in linears) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sizes = [linear.weight.shape[0] for linear in linears]
+        for linear, rows in zip(linears, weight.split(sizes), strict=True):
+            linear.weight.data = rows
+            linear.may_join = False
+        first.joined = weight
+    return weight

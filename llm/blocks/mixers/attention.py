@@ -277,7 +277,12 @@ class Attention(TokenMixer):
         k, v, positions = state.append(k, v, valid_counts(seq))
         k, v = self._after_persistent(k.to(q.dtype), v.to(q.dtype))
         implementation = self.implementation(x.device, q.dtype, "positions")
-        prepared = implementation.prepare(Layout(seq.positions, k_positions=positions), self.form, q.dtype)
+        # All layers have seen the same tokens, so their states of one kind and size hold them at the same places.
+        key = f"{self.key}/{type(state).__name__}/{state.k.shape[1]}/{q.dtype}"
+        prepared = seq.derived.get(key)
+        if prepared is None:
+            prepared = implementation.prepare(Layout(seq.positions, k_positions=positions), self.form, q.dtype)
+            seq.derived[key] = prepared
         return self.out(implementation.run(q, k, v, self.form, prepared).flatten(2))
 
     def new_state(
