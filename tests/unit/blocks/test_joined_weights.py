@@ -16,10 +16,10 @@ from llm.blocks.linears.dense import DenseLinear, let_join, project, project_joi
 
 def three_layers() -> Any:
     torch.manual_seed(0)
-    layers = torch.nn.ModuleList(DenseLinear(6, n, bias=False, std=0.1, init=InitConfig()) for n in (4, 2, 3))
+    layers = [DenseLinear(6, n, bias=False, std=0.1, init=InitConfig()) for n in (4, 2, 3)]
     for layer in layers:
         torch.nn.init.normal_(layer.weight)
-    return layers
+    return torch.nn.ModuleList(layers)
 
 
 @torch.no_grad()
