@@ -1,6 +1,8 @@
 """usage: bench.py train [key=value ...] [--peer transformers]
+       bench.py generate run=RUN text=FILE [key=value ...] [--peer transformers]
 
-Measure the speed of training; prints one JSON line for each shape and implementation, with its conditions.
+Measure the speed of training, or of generation; prints one JSON line for each shape (or batch size) and implementation,
+with its conditions.
 
   python launch/bench.py train                                    the shapes that fit this machine
   python launch/bench.py train shapes=[llama-124m] --peer transformers
@@ -11,11 +13,18 @@ Shapes: tiny, llama-124m, llama-360m, llama-1.3b (vocabulary 50,304, tied).
 Keys: shapes seq_len batch micro_batch_size steps warmup precision compile activation_checkpointing loss_chunk device
       checkpoint verify peer tolerance seed; or a YAML file with them.
 
-The whole trainer is timed: loader, loss, optimizer, metrics and, unless checkpoint=false, one background save.
+  python launch/bench.py generate run=runs/quickstart text=README.md batch=[1,8] --peer transformers
+  python launch/bench.py generate run=runs/nested-0.6m text=README.md drafters=[slice:1/8,lookup] draft_tokens=[1,2,4,8]
+
+generate: greedy decoding of pieces of a text by all implementations in turns; "times_plain" is the speed relative to
+plain decoding, "same_tokens" whether the output is that of plain decoding.
+Keys: run text n_prompts prompt_tokens new_tokens batch rounds peer drafters draft_tokens num_threads device
+
+train: the whole trainer is timed: loader, loss, optimizer, metrics and, unless checkpoint=false, one background save.
 "correct" is true when all losses are finite and the first ones equal those of the plain path (fp32, eager, reference
 kernels). mfu counts causal attention half, as it is executed, against the dense bf16 peak; it is 0 on hardware whose
 peak is not known.
-Exit codes: 0 all correct, 1 a shape failed or was wrong, 2 a mistake in the arguments.
+Exit codes: 0 all correct, 1 a shape of train failed or was wrong, 2 a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -35,8 +44,15 @@ def main(argv: list[str]) -> int:
     from llm.core.errors import UserError
     from llm.train.bench import BenchConfig, bench_train, to_line
 
-    if not argv or argv[0] != "train":
-        raise UserError(f"what to measure must come first: given {argv[0] if argv else 'nothing'!r} (allowed: train)")
+    if not argv or argv[0] not in ("train", "generate"):
+        given = argv[0] if argv else "nothing"
+        raise UserError(f"what to measure must come first: given {given!r} (allowed: train, generate)")
+    if argv[0] == "generate":
+        from evals.generation_speed import GenerateBenchConfig, bench_generate
+
+        for record in bench_generate(load_config(GenerateBenchConfig, _peer_as_key(argv[1:]))):
+            print(to_line(record), flush=True)
+        return 0
     config = load_config(BenchConfig, _peer_as_key(argv[1:]))
     all_correct = True
     for record in bench_train(config):

@@ -1,0 +1,189 @@
+"""Speed of generation: plain decoding beside transformers' `generate` on the exported model, and beside drafters.
+
+All implementations of a comparison take turns in one process on the same prompts, greedy, past the end of texts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from llm.checkpoint.hf import ExportOptions, export_hf
+from llm.config.base import Config
+from llm.core.errors import UserError
+from llm.generate import Engine, Sampling
+from llm.generate.load import Loaded, load_model, pick_device
+from llm.generate.speculation import make_draft_length, make_drafter
+from llm.train.callbacks.environment import git_revision, versions
+from llm.train.hardware import device_name
+
+Prompts = list[list[int]]
+Run = Callable[[Prompts], list[list[int]]]
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+class GenerateBenchConfig(Config):
+    """run: a run folder, a checkpoint or a folder of a Hugging Face model. text: UTF-8 files, out of which n_prompts
+    pieces of prompt_tokens tokens are cut at even distances. batch: prompts at once. new_tokens: of each prompt.
+    rounds: times that all implementations take turns after one that is not counted; the median is told.
+
+    peer: transformers' `generate` on the exported model. drafters: as `generate --speculate` takes them, each with
+    every one of draft_tokens.
+    """
+
+    run: str
+    text: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    n_prompts: int = Field(8, ge=1)
+    prompt_tokens: int = Field(64, ge=1)
+    new_tokens: int = Field(128, ge=2)
+    batch: Annotated[list[int], BeforeValidator(_as_list)] = Field([1], min_length=1)
+    rounds: int = Field(3, ge=1)
+    peer: Literal["none", "transformers"] = "none"
+    drafters: Annotated[list[str], BeforeValidator(_as_list)] = []
+    draft_tokens: Annotated[list[str | int], BeforeValidator(_as_list)] = [4]
+    num_threads: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
+    """One record for each batch size and implementation, the plain one first."""
+    torch.set_num_threads(config.num_threads)
+    device = pick_device(config.device)
+    loaded = load_model(config.run, device=device)
+    context = config.prompt_tokens + config.new_tokens
+    if context > loaded.model.config.max_seq_len:
+        raise UserError(
+            f"prompt_tokens + new_tokens is {context}, the model's context {loaded.model.config.max_seq_len}; lower one"
+        )
+    prompts = cut_prompts(config, loaded)
+    sampling = Sampling(temperature=0, max_new_tokens=config.new_tokens, ignore_eos=True)
+    with tempfile.TemporaryDirectory(prefix="manyformer-bench-") as folder:
+        peer = _peer(loaded, Path(folder), config.new_tokens) if config.peer == "transformers" else None
+        for batch in config.batch:
+            engines = {"plain": Engine(loaded.model, max_batch=batch)}
+            for name in config.drafters:
+                for n in config.draft_tokens:
+                    drafter = make_drafter(name, loaded.model, loaded.tokenizer, device=device)
+                    length = make_draft_length(str(n))
+                    engines[f"{name} {n}"] = Engine(loaded.model, max_batch=batch, drafter=drafter, draft_length=length)
+            runs: dict[str, Run] = {name: _own(engine, sampling) for name, engine in engines.items()}
+            if peer is not None:
+                runs["transformers"] = peer
+            found = take_turns(runs, prompts, batch, config.rounds)
+            for name, (seconds, outputs) in found.items():
+                yield _record(config, batch, name, seconds, outputs, found["plain"], engines.get(name), device)
+
+
+def cut_prompts(config: GenerateBenchConfig, loaded: Loaded) -> Prompts:
+    """n_prompts pieces of the texts, at even distances."""
+    ids: list[int] = []
+    for name in config.text:
+        try:
+            ids += loaded.tokenizer.encode(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {name} as UTF-8 text: {error}") from error
+    room = len(ids) - config.prompt_tokens
+    if room < config.n_prompts - 1:
+        raise UserError(
+            f"the texts have {len(ids)} tokens, too few for {config.n_prompts} prompts of {config.prompt_tokens}; give "
+            "more text"
+        )
+    starts = [room * i // max(1, config.n_prompts - 1) for i in range(config.n_prompts)]
+    return [ids[start : start + config.prompt_tokens] for start in starts]
+
+
+def take_turns(
+    runs: dict[str, Run], prompts: Prompts, batch: int, rounds: int
+) -> dict[str, tuple[list[float], list[list[int]]]]:
+    """{name: (seconds of each round for all prompts, outputs)}, `batch` prompts at a time."""
+    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    outputs: dict[str, list[list[int]]] = {}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            outputs[name] = [tokens for group in groups for tokens in run(group)]
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: (seconds[name], outputs[name]) for name in runs}
+
+
+def _own(engine: Engine, sampling: Sampling) -> Run:
+    return lambda prompts: [completion.tokens for completion in engine.generate(prompts, sampling)]
+
+
+def _peer(loaded: Loaded, folder: Path, new_tokens: int) -> Run:
+    """transformers' `generate` on the exported model. UserError where it has no plain form."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
+    export_hf(
+        loaded.model.config, tensors, loaded.tokenizer, folder / "hf", ExportOptions(), facts={}, log=lambda _: None
+    )
+    weight = next(loaded.model.parameters())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=weight.dtype).to(weight.device).eval()
+
+    @torch.no_grad()
+    def run(prompts: Prompts) -> list[list[int]]:
+        tokens = torch.tensor(prompts, device=weight.device)
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return out[:, tokens.shape[1] :].tolist()
+
+    return run
+
+
+def _record(
+    config: GenerateBenchConfig,
+    batch: int,
+    name: str,
+    seconds: Sequence[float],
+    outputs: list[list[int]],
+    plain: tuple[list[float], list[list[int]]],
+    engine: Engine | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    n_tokens = sum(len(tokens) for tokens in outputs)
+    median = statistics.median(seconds)
+    record: dict[str, Any] = {
+        "tool": "bench generate",
+        "run": config.run,
+        "implementation": name,
+        "batch": batch,
+        "tokens_per_second": round(n_tokens / median, 1),
+        "slowest_to_fastest": [round(n_tokens / s, 1) for s in sorted(seconds, reverse=True)],
+        "times_plain": round(statistics.median(plain[0]) / median, 3),
+        "same_tokens": outputs == plain[1],
+        "share_of_same_tokens": round(
+            sum(a == b for mine, other in zip(outputs, plain[1]) for a, b in zip(mine, other)) / n_tokens, 4
+        ),
+    }
+    if engine is not None and engine.drafter is not None:
+        record["acceptance"] = round(engine.speculation.acceptance, 4)
+        record["tokens_per_forward"] = round(engine.speculation.tokens_per_forward, 3)
+    return record | {
+        "prompts": config.n_prompts,
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "rounds": config.rounds,
+        "num_threads": config.num_threads,
+        "device": device_name(device),
+        "git_revision": git_revision(),
+        "versions": versions(),
+    }

@@ -1,0 +1,48 @@
+"""bench generate: all implementations on the same prompts, their outputs compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evals.generation_speed import GenerateBenchConfig, bench_generate
+from llm.core.errors import UserError
+from tests.unit.generate.runs import write_run
+
+SMALL = {"n_prompts": 3, "prompt_tokens": 6, "new_tokens": 5, "rounds": 1}
+
+
+def bench(tmp_path: Path, **keys: object) -> list[dict[str, object]]:
+    text = tmp_path / "text.txt"
+    text.write_text("for name in names:\n    print(name)\n" * 3)
+    run = write_run(tmp_path / "run")
+    config = GenerateBenchConfig.model_validate(SMALL | {"run": str(run), "text": str(text)} | keys)
+    return list(bench_generate(config))
+
+
+def test_drafters_beside_plain_decoding(tmp_path: Path) -> None:
+    records = bench(tmp_path, drafters="lookup", draft_tokens=[1, "auto"], batch=[1, 2])
+    names = ["plain", "lookup 1", "lookup auto"]
+    assert [(r["batch"], r["implementation"]) for r in records] == [(b, n) for b in (1, 2) for n in names]
+    assert all(r["same_tokens"] and r["share_of_same_tokens"] == 1 for r in records)
+    assert records[0]["times_plain"] == 1 and "acceptance" in records[1] and "acceptance" not in records[0]
+
+
+def test_transformers_says_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    plain, peer = bench(tmp_path, peer="transformers", batch=2)
+    assert (plain["implementation"], peer["implementation"]) == ("plain", "transformers") and peer["same_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompt_tokens": 500}, "context 48"),
+        ({"n_prompts": 500}, "too few"),
+        ({"text": "none.txt"}, "cannot read none"),
+    ],
+)
+def test_mistakes(tmp_path: Path, keys: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench(tmp_path, **keys)
