@@ -19,6 +19,7 @@ _SUMMARIES = {
     "prepare": "turn text, JSONL, Parquet or a data set into token shards",
     "train": "train a model from a config; several processes with torchrun",
     "generate": "continue a prompt with a trained model",
+    "serve": "answer requests over HTTP as OpenAI's interface, with a page to try prompts",
     "evaluate": "perplexity and bits per byte of a trained model on any text",
     "grow": "give a trained model more parameter tokens, its outputs unchanged",
     "export": "write a trained model for Hugging Face transformers, and read one",

@@ -4,6 +4,11 @@ Continue prompts with a trained model. RUN is a run folder, one of its checkpoin
 Each --prompt is one prompt; --file takes a UTF-8 file as one, and of a .jsonl file the "prompt" of each line; with
 neither, stdin is read. "" starts a new text.
 
+  --chat                   a conversation: each line of stdin is answered, until its end
+  --system TEXT            with --chat: a message of the system before it
+  --chat-template FILE     with --chat: a Jinja template (default: the model's own; plain "User:" and "Assistant:" lines
+                           where it has none)
+
   --speculate DRAFTER      draft tokens and check them in one forward; the output has the same law, and is the same with
                            temperature=0. lookup (what came behind the same words before), slice:1/4 (part of a nested
                            model), loops:1 (a looped model with fewer loops), model:PATH (a smaller model)
@@ -37,6 +42,7 @@ keys:
 examples:
   python launch/generate.py runs/quickstart --prompt "def " max_new_tokens=100 top_k=40
   python launch/generate.py runs/quickstart --speculate lookup --prompt "import os" temperature=0
+  python launch/generate.py runs/quickstart --chat --system "You are brief."
   python launch/generate.py runs/quickstart --file book.txt --save-state book.safetensors
   python launch/generate.py runs/quickstart --load-state book.safetensors --prompt " The end:"
   echo "import os" | python launch/generate.py runs/quickstart temperature=0 stop='["\\n\\n"]'
@@ -64,6 +70,8 @@ from llm.generate.sampling import Sampling
 from llm.models.nesting import SliceOptions
 
 if TYPE_CHECKING:
+    import argparse
+
     from llm.generate.events import Speculation
 
 SMALL = 100_000_000
@@ -71,6 +79,22 @@ SMALL = 100_000_000
 
 READING = {"context", "device", "lines", "num_threads", "precision", "slice", "tokenizer", "widths"}
 """Keys that bear on how a prompt is read."""
+
+
+VALUED = {
+    "--prompt",
+    "--file",
+    "--speculate",
+    "--draft-tokens",
+    "--save-state",
+    "--load-state",
+    "--system",
+    "--chat-template",
+}
+"""Flags that a value follows."""
+
+NOT_IN_CHAT = ("n", "stream", "echo", "jsonl", "lines", "compare", "max_batch")
+"""Keys that have no effect in a conversation."""
 
 
 class GenerateOptions(Sampling, SliceOptions):
@@ -97,6 +121,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--file", action="append", default=[])
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--system")
+    parser.add_argument("--chat-template")
     parser.add_argument("--speculate")
     parser.add_argument("--draft-tokens")
     parser.add_argument("--save-state")
@@ -104,7 +131,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("options", nargs="*")
     given = parser.parse_args(_options_last(argv))
     options = load_config(GenerateOptions, _only_keys(given.options))
-    prompts = _prompts(given.prompt, given.file, options.lines)
+    if given.chat:
+        _check_chat(given, options)
+    elif ignored := [name for name in ("system", "chat_template") if getattr(given, name) is not None]:
+        raise UserError(f"--{ignored[0].replace('_', '-')} has no effect without --chat; add it")
+    prompts = [""] if given.chat else _prompts(given.prompt, given.file, options.lines)
     if given.save_state is not None and (len(prompts) != 1 or given.load_state or given.speculate):
         raise UserError(
             f"--save-state reads one prompt and writes nothing else; given: {len(prompts)} prompts"
@@ -171,6 +202,12 @@ def main(argv: list[str]) -> None:
         )
 
     engine = new_engine(drafter)
+    if given.chat:
+        from launch._chat import converse
+        from llm.generate.chat import load_chat
+
+        converse(engine, tokenizer, load_chat(tokenizer, given.chat_template), samplings[0], given.system)
+        return
     finishes = ["" for _ in repeated]
     n_tokens = 0
     first_token: float | None = None
@@ -230,13 +267,22 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _check_chat(given: argparse.Namespace, options: GenerateOptions) -> None:
+    for name in ("prompt", "file", "save_state", "load_state"):
+        if getattr(given, name):
+            raise UserError(f"--chat reads its messages from stdin; remove --{name.replace('_', '-')}")
+    for name in NOT_IN_CHAT:
+        if name in options.model_fields_set:
+            raise UserError(f"{name} has no effect with --chat; remove it")
+
+
 def _options_last(argv: list[str]) -> list[str]:
     """Arguments with bare key=value words behind the flags, where argparse accepts them."""
     flags: list[str] = []
     words: list[str] = []
     rest = iter(argv)
     for word in rest:
-        if word in ("--prompt", "--file", "--speculate", "--draft-tokens", "--save-state", "--load-state"):
+        if word in VALUED:
             value = next(rest, None)
             if value is None:
                 raise UserError(f"{word} needs a value (see --help)")

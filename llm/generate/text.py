@@ -18,7 +18,8 @@ class TextStream:
     """Turns the tokens of one output into text, piece by piece.
 
     What is given out is never taken back: an unfinished UTF-8 character and a possible beginning of a stop text are
-    held back until they are decided. Bytes that can be no UTF-8 become U+FFFD.
+    held back until they are decided. Bytes that can be no UTF-8 become U+FFFD. n_ready: bytes that surely belong to the
+    text, an unfinished character included.
     """
 
     def __init__(self, pieces: Sequence[bytes], stop: Sequence[str] = ()) -> None:
@@ -27,27 +28,32 @@ class TextStream:
         self._held = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.stopped = False
+        self.n_ready = 0
 
     def push(self, token: int) -> str:
         """The text that has become certain with this token; sets `stopped` when a stop text is complete."""
         assert not self.stopped
         piece = self._pieces[token] if token < len(self._pieces) else b""
         if not self._stop:
+            self.n_ready += len(piece)
             return self._decoder.decode(piece)
         self._held += piece
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True
             ready, self._held = self._held[: min(found)], b""
+            self.n_ready += len(ready)
             return self._decoder.decode(ready, final=True)
         keep = max(_overlap(self._held, stop) for stop in self._stop)
         split = len(self._held) - keep
         ready, self._held = self._held[:split], self._held[split:]
+        self.n_ready += len(ready)
         return self._decoder.decode(ready)
 
     def close(self) -> str:
         """What was held back, when the output has ended otherwise than by a stop text."""
         held, self._held = self._held, b""
+        self.n_ready += len(held)
         return self._decoder.decode(held, final=True)
 
 

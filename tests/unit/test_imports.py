@@ -18,6 +18,7 @@ PACKAGES = ("llm", "kernels", "vision", "evals", "launch")
 _BASE = {"kernels", "llm.core", "llm.config"}
 _MODELS = _BASE | {"llm.blocks", "llm.models"}
 _LLM = _MODELS | {"llm", "llm.data", "llm.parallel", "llm.generate", "llm.checkpoint", "llm.train"}
+_SERVE = _MODELS | {"llm.data", "llm.generate"}
 
 ALLOWED = {
     "kernels": set(),
@@ -30,10 +31,11 @@ ALLOWED = {
     "llm.parallel": _MODELS,
     "llm.checkpoint": _MODELS | {"llm.data", "llm.parallel"},
     "llm.generate": _MODELS | {"llm.data", "llm.parallel", "llm.checkpoint"},
+    "llm.serve": _SERVE,
     "llm.train": _LLM,
     "vision": _LLM,
-    "evals": _LLM,
-    "launch": _LLM | {"vision", "evals"},
+    "evals": _LLM | {"llm.serve"},
+    "launch": _LLM | {"llm.serve", "vision", "evals"},
 }
 """Package -> what it may import besides itself. Every file belongs to the longest name that fits."""
 
@@ -42,20 +44,26 @@ OPTIONAL = (
     "datasets",
     "deepspeed",
     "flash_attn",
+    "httpx2",
     "jinja2",
     "lm_eval",
     "matplotlib",
     "megatron",
+    "openai",
     "pandas",
+    "prometheus_client",
     "pyarrow",
     "scipy",
+    "selenium",
     "sentencepiece",
     "sklearn",
+    "starlette",
     "tensorboard",
     "timm",
     "torchvision",
     "transformers",
     "triton",
+    "uvicorn",
     "wandb",
     "zstandard",
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm.core.errors import UserError
-from llm.data.tokenizer.base import END_OF_TEXT, Tokenizer, byte_alphabet, hf_config, kind_file
+from llm.data.tokenizer.base import END_OF_TEXT, Tokenizer, byte_alphabet, hf_config, kind_file, to_json
 from llm.data.tokenizer.words import PATTERN, WordEncoder
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class BackendTokenizer(Tokenizer):
     @property
     def _byte_level(self) -> bool:
         return _uses(self._spec.get("decoder"), "ByteLevel")
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._spec.get("added_tokens", [])
+        return {token["content"]: token["id"] for token in added if token["special"]}
 
     def _pieces(self) -> list[bytes]:
         pieces = [b""] * self.vocab_size
@@ -138,6 +143,9 @@ def load_backend(folder: Path, kind: str) -> BackendTokenizer:
     config_path = folder / "tokenizer_config.json"
     config = config_path.read_bytes() if config_path.exists() else None
     names: dict[str, Any] = json.loads(config) if config else {}
+    template_path = folder / "chat_template.jinja"
+    if config is not None and template_path.exists():
+        config = to_json(names | {"chat_template": template_path.read_text(encoding="utf-8")})
     special_path = folder / "special_tokens_map.json"
     if special_path.exists():
         names = json.loads(special_path.read_bytes()) | {k: v for k, v in names.items() if v is not None}

@@ -46,6 +46,11 @@ class Tokenizer(ABC):
         flat, lengths = self.encode_flat(texts)
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(texts) else []
 
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by their spelling; `encode` gives none of them."""
+
     @cached_property
     def pieces(self) -> list[bytes]:
         """The bytes that each token stands for [vocab_size]; b"" for special tokens."""

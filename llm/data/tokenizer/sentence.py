@@ -60,6 +60,11 @@ class SentencePieceTokenizer(Tokenizer):
             out += self._processor.Encode(part)
         return out
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        processor = self._processor
+        return {processor.IdToPiece(i): i for i in range(self.vocab_size) if processor.IsControl(i)}
+
     def _pieces(self) -> list[bytes]:
         processor = self._processor
         pieces: list[bytes] = []

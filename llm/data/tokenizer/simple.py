@@ -22,6 +22,10 @@ class BytesTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, data), dtype=np.int64, count=len(data))
         return np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.int32), lengths
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {END_OF_TEXT: self.eos_id}
+
     def _pieces(self) -> list[bytes]:
         return [bytes([byte]) for byte in range(256)] + [b""]
 
@@ -67,6 +71,10 @@ class CharsTokenizer(Tokenizer):
                 "leave it out, or prepare the data with another tokenizer (bytes, bpe)"
             )
         return ids, lengths
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {END_OF_TEXT: self.eos_id}
 
     def _pieces(self) -> list[bytes]:
         return [char.encode() for char in self.alphabet] + [b""]

@@ -97,6 +97,52 @@ def test_stdin_is_a_prompt(cli: Cli, run_folder: Path, monkeypatch: pytest.Monke
     assert "seed" not in done.err
 
 
+def test_a_conversation(cli: Cli, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def talk(data: bytes, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        return cli("generate", run_folder, "--chat", "temperature=0", "max_new_tokens=6", "ignore_eos=true", *arguments)
+
+    def continued(prompt: str) -> str:
+        done = cli(
+            "generate",
+            run_folder,
+            "--prompt",
+            prompt,
+            "temperature=0",
+            "echo=false",
+            *QUICK,
+            "max_new_tokens=6",
+            "context=200",
+        )
+        return done.out.removesuffix("\n")
+
+    first = continued("User: a\nAssistant:")
+    assert talk(b"a\n\n").out == f"{first}\n"
+    space = "" if first[:1].isspace() else " "
+    second = continued(f"User: a\nAssistant:{space}{first}\nUser: b\nAssistant:")
+    assert talk(b"a\nb\n", "context=200").out == f"{first}\n{second}\n"
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ eos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    done = talk(b"a", "--system", "s", "--chat-template", template)
+    assert done.out == continued("<s><a>") + "\n"
+    forgetful = talk(b"a\nbb\nccc\n")
+    assert forgetful.code == 0 and "messages are forgotten: the context is full" in forgetful.err
+    assert talk(b"\xff\n").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat", "--prompt", "x"], "--chat reads its messages from stdin; remove --prompt"),
+        (["--chat", "n=2"], "n has no effect with --chat"),
+        (["--prompt", "x", "--system", "y"], "--system has no effect without --chat"),
+    ],
+)
+def test_mistakes_in_a_conversation(cli: Cli, run_folder: Path, arguments: list[str], message: str) -> None:
+    done = cli("generate", run_folder, *arguments)
+    assert done.code == 2 and message in done.err
+
+
 def test_the_context_is_told(cli: Cli, run_folder: Path) -> None:
     done = cli("generate", run_folder, "--prompt", "a" * 30, "temperature=0", "max_new_tokens=100", "ignore_eos=true")
     assert done.code == 0
