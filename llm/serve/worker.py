@@ -24,8 +24,11 @@ from llm.serve.output import Output, Piece
 class SchedulerLike(Protocol):
     """What the thread needs of `llm.generate.scheduler.Scheduler`."""
 
-    n_running: int
-    n_waiting: int
+    @property
+    def n_running(self) -> int: ...
+
+    @property
+    def n_waiting(self) -> int: ...
 
     def submit(
         self,
