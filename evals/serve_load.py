@@ -236,7 +236,9 @@ async def crowd(config: LoadConfig, run: Path) -> dict[str, Any]:
             began = time.perf_counter()
             end = began + config.seconds
             clients = [many.client(number, http, end) for number in range(config.clients)]
-            samples, *_ = await asyncio.gather(watch_memory(pid, config.seconds), *clients)
+            memory = asyncio.create_task(watch_memory(pid, config.seconds))
+            await asyncio.gather(*clients)
+            samples = await memory
             elapsed = time.perf_counter() - began
             freed = await freed_after(http, config)
             last = (await http.get("/metrics")).text
