@@ -1,19 +1,21 @@
 """usage: python launch/export.py RUN OUT [key=value ...]
        python launch/export.py import HF_FOLDER RUN [name=NAME]
 
-Write a trained Llama- or Qwen3-shaped model as a plain folder for Hugging Face transformers: safetensors, config,
-generation config, tokenizer and a model card. The export is refused if the model that transformers reads from it
-computes other logits. RUN is a run folder or one of its checkpoints. A nested model is cut to an ordinary one first,
-whole or at the width that slice= names; format=run writes any model as a run folder with one checkpoint instead.
+Write a trained model as a folder for Hugging Face transformers: safetensors, config, generation config, tokenizer and a
+model card. A model of Llama's or Qwen3's shape becomes a plain one of theirs; any other takes its code along, which
+transformers runs without this project (trust_remote_code=True). The export is refused if the model that transformers
+reads from it computes other logits. RUN is a run folder or one of its checkpoints. A nested model is cut to an ordinary
+one first, whole or at the width that slice= names; format=run writes a run folder with one checkpoint instead.
 
-`import` goes the other way: a local folder of a Llama, Qwen3, GPT-2 or GPT-NeoX (Pythia) checkpoint becomes a run
-folder with one checkpoint, which train (checkpoint.init_from), generate, evaluate and export take. Only safetensors
-are read.
+`import` goes the other way: a local folder of a Llama, Qwen3, GPT-2 or GPT-NeoX (Pythia) checkpoint, or an export of
+any kind, becomes a run folder with one checkpoint, which train (checkpoint.init_from), generate, evaluate and export
+take. Only safetensors are read, and no code of the folder is run.
 
 keys:
   dtype=fp32            of the written weights: fp32 or bf16
   max_shard_bytes=5B    most bytes of one file
   overwrite=false       replace an earlier export
+  remote_code=auto      take the code along: auto (where the shape is not a plain one), never or always
   title=                name in the model card
   tokenizer=            folder of the tokenizer, if it does not lie with the model
   format=hf             or run: a run folder, which train (checkpoint.init_from), generate and evaluate take
@@ -35,7 +37,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
@@ -46,16 +49,21 @@ from llm.config.load import load_config
 from llm.core.errors import UserError
 from llm.models.nesting import SliceOptions, slice_suffix
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class ExportCommandOptions(ExportOptions, SliceOptions):
     """The keys of this command."""
 
     format: Literal["hf", "run"] = "hf"
+    remote_code: Literal["auto", "never", "always"] = "auto"
     tokenizer: str | None = None
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> ExportCommandOptions:
-        changed = [name for name, field in ExportOptions.model_fields.items() if getattr(self, name) != field.default]
+        changed = ["remote_code"] if self.remote_code != "auto" else []
+        changed += [name for name, field in ExportOptions.model_fields.items() if getattr(self, name) != field.default]
         if self.format == "run" and changed:
             raise UserError(f"{changed[0]} has no effect with format=run; remove it")
         return self
@@ -91,8 +99,10 @@ def main(argv: list[str]) -> None:
 
 def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
     """Export a run; prints the parity figures, or where the new run is, as a JSON line."""
-    from llm.checkpoint import load_meta, load_model_tensors, resolve_checkpoint
+    from llm.checkpoint import StoredTensors, load_meta, resolve_checkpoint
     from llm.checkpoint.hf.export import export_hf
+    from llm.checkpoint.hf.remote.export import export_remote
+    from llm.checkpoint.hf.shape import hf_config
     from llm.data.tokenizer import load_tokenizer
     from llm.generate.load import find_tokenizer, model_config, read_run_config
     from llm.models.extract import extract
@@ -100,7 +110,7 @@ def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
 
     step = resolve_checkpoint(run_path)
     tree = read_run_config(step)
-    tensors = load_model_tensors(step)
+    tensors: Mapping[str, Tensor] = StoredTensors(step)
     config = model_config(tree, step, tensors["embed.weight"].shape[0] if "embed.weight" in tensors else None)
     widths = options.of(config)
     if whole_widths(config):
@@ -109,7 +119,7 @@ def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
     meta = load_meta(step)
     if options.format == "run":
         origin = {"exported_from": str(step), "widths": widths}
-        _write_run(out, out.name, config, tensors, tokenizer, origin, data=tree.get("data"))
+        _write_run(out, out.name, config, dict(tensors), tokenizer, origin, data=tree.get("data"))
         print(json.dumps({"export": str(run_path), "run": str(out), "params": config.cost().total.params}))
         return
     facts: dict[str, Any] = {"run": tree.get("name", run_path.name), "checkpoint": step.name}
@@ -120,9 +130,18 @@ def export(run_path: Path, out: Path, options: ExportCommandOptions) -> None:
         found = json.loads(evaluated.read_text())
         facts["held-out bits per byte"] = f"{found['bits_per_byte']:.4f} ({found['data']})"
     chosen = ExportOptions(**{name: getattr(options, name) for name in ExportOptions.model_fields})
-    parity = export_hf(
-        config, tensors, tokenizer, out, chosen, facts=facts, log=lambda line: print(line, file=sys.stderr)
-    )
+    plain = options.remote_code != "always"
+    if options.remote_code == "auto":
+        try:
+            hf_config(config)
+        except UserError as reason:
+            plain = False
+            print(
+                f"not a plain model, its code goes along ({str(reason).removeprefix('cannot export: ')})",
+                file=sys.stderr,
+            )
+    write = export_hf if plain else export_remote
+    parity = write(config, tensors, tokenizer, out, chosen, facts=facts, log=lambda line: print(line, file=sys.stderr))
     print(json.dumps({"export": str(out), **parity.to_dict()}))
 
 

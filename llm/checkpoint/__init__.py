@@ -3,6 +3,7 @@
 from llm.checkpoint.checkpointer import Checkpointer
 from llm.checkpoint.manifest import Damaged
 from llm.checkpoint.restore import (
+    StoredTensors,
     load_config_yaml,
     load_meta,
     load_model_tensors,
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpointer",
     "Damaged",
     "Kind",
+    "StoredTensors",
     "TrainState",
     "load_config_yaml",
     "load_meta",

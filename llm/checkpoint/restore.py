@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,38 @@ def load_optim_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
     return state
 
 
-def _load_part(folder: Path, part: str) -> dict[str, Tensor]:
-    manifest = read_manifest(folder)
-    problems = find_damage(folder, manifest, hashes=True, only=(f"{part}/",))
-    if problems:
-        raise Damaged(f"checkpoint {folder} is damaged: {'; '.join(problems)}")
-    tensors = {}
-    for name, entry in manifest.tensors.items():
-        if not name.startswith(f"{part}/"):
-            continue
+class StoredTensors(Mapping[str, Tensor]):
+    """The model's tensors in a step folder by dotted name, each read when it is asked for, and not kept.
+
+    Damaged when the model's files are not sound.
+    """
+
+    def __init__(self, folder: Path, part: str = "model") -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        problems = find_damage(self.folder, manifest, hashes=True, only=(f"{part}/",))
+        if problems:
+            raise Damaged(f"checkpoint {folder} is damaged: {'; '.join(problems)}")
+        names = [name for name in manifest.tensors if name.startswith(f"{part}/")]
+        self.entries = {name.removeprefix(f"{part}/"): manifest.tensors[name] for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
         full = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         for chunk in entry.chunks:
             box = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            full[box] = read_slice(folder / chunk.file, chunk.key)
-        tensors[name.removeprefix(f"{part}/")] = full
-    return tensors
+            full[box] = read_slice(self.folder / chunk.file, chunk.key)
+        return full
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _load_part(folder: Path, part: str) -> dict[str, Tensor]:
+    return dict(StoredTensors(folder, part))
 
 
 def load_meta(path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ ALLOWED = {
     "llm.generate": _MODELS | {"llm.data", "llm.parallel", "llm.checkpoint"},
     "llm.serve": _SERVE,
     "llm.train": _LLM,
+    "llm.hf": _MODELS | {"llm.checkpoint"},
     "vision": _LLM,
     "evals": _LLM | {"llm.serve"},
     "launch": _LLM | {"llm.serve", "vision", "evals"},
@@ -211,7 +212,8 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import importlib, pkgutil
 import llm
 for module in pkgutil.walk_packages(llm.__path__, "llm."):
-    importlib.import_module(module.name)
+    if module.name != "llm.hf" and not module.name.endswith("_manyformer"):  # these are for transformers
+        importlib.import_module(module.name)
 import llm.train, llm.models, llm.data, llm.generate, llm.checkpoint, launch.cli
 print("done")
 """

@@ -60,10 +60,10 @@ def export_hf(
     out = Path(out)
     family, hf = hf_config(config)
     check_tensors(config.build("meta"), tensors, "the model")
-    _check_out(out, options.overwrite)
-    _need_transformers()
+    check_out(out, options.overwrite)
+    need_transformers()
     dtype = DTYPES[options.dtype]
-    hf |= {"dtype": HF_DTYPES[options.dtype], **_special_ids(tokenizer)}
+    hf |= {"dtype": HF_DTYPES[options.dtype], **special_ids(tokenizer)}
     temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -72,9 +72,9 @@ def export_hf(
         sources = family.sources(hf, config)
         planned = [Planned(s.name, s.shape, lambda ours=ours: tensors[ours]) for ours, s in sources.items()]  # type: ignore[misc]
         write_sharded(temporary, planned, dtype, options.max_shard_bytes)
-        _write_json(temporary / "config.json", hf)
-        _write_json(
-            temporary / "generation_config.json", {**_special_ids(tokenizer), "do_sample": True, "temperature": 0.8}
+        write_json(temporary / "config.json", hf)
+        write_json(
+            temporary / "generation_config.json", {**special_ids(tokenizer), "do_sample": True, "temperature": 0.8}
         )
         if tokenizer is not None:
             tokenizer.save(temporary)
@@ -97,7 +97,8 @@ def export_hf(
     return parity
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """UserError unless the folder may be written."""
     if out.is_file():
         raise UserError(f"{out} is a file; give the name of a folder to write")
     if out.is_dir() and any(out.iterdir()):
@@ -107,18 +108,21 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out} is not empty and is no earlier export (it has no config.json); give another folder")
 
 
-def _need_transformers() -> None:
+def need_transformers() -> None:
+    """UserError where transformers is not installed."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UserError("an export is proved by loading it in transformers: pip install 'manyformer[hf]'") from error
 
 
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Token ids of a config.json."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from llm.checkpoint.hf.build import check_tensors
 from llm.checkpoint.hf.families import Family, Source, family_of
 from llm.checkpoint.hf.weights import Weights, read_json
 from llm.config.load import validate
 from llm.core.errors import UserError
+from llm.core.init import clean_name
 from llm.models.config import ModelConfig
 
 
@@ -19,7 +22,8 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def load_hf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(config, our dotted name -> tensor in the dtype of the files) of a Llama, Qwen3, GPT-2 or GPT-NeoX checkpoint.
+    """(config, our dotted name -> tensor in the dtype of the files) of a Llama, Qwen3, GPT-2 or GPT-NeoX checkpoint, or
+    of an export of ours that carries its code (which is not run).
 
     UserError when the folder lacks something, is damaged, holds pickled weights only, or is of another family, and when
     a tensor is missing, unknown or of a wrong shape.
@@ -28,6 +32,8 @@ def load_hf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; give a local folder with config.json and *.safetensors")
     hf = read_json(folder / "config.json")
+    if hf.get("model_type") == "manyformer":
+        return _load_own(folder, hf)
     family = family_of(hf)
     try:
         config = validate(ModelConfig, family.to_ours(hf))
@@ -37,6 +43,22 @@ def load_hf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     sources = family.sources(hf, config)
     names = _match(folder, family, config, sources, weights)
     return config, _read(folder, sources, weights, names)
+
+
+def _load_own(folder: Path, hf: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Of a folder that `export_remote` wrote, or that transformers saved again."""
+    if not isinstance(hf.get("manyformer"), dict):
+        raise UserError(f"{folder / 'config.json'} has no section 'manyformer', which holds the model; copy it again")
+    config = validate(ModelConfig, hf["manyformer"])
+    weights = Weights(folder)
+    tensors: dict[str, Tensor] = {}
+    for name in weights.names():
+        ours = clean_name(name.removeprefix("model."))
+        if not name.startswith("model.") or ours in tensors:
+            raise UserError(f"{folder}: tensor {name} has no place in an export of ours")
+        tensors[ours] = weights[name]
+    check_tensors(config.build("meta"), tensors, str(folder))
+    return config, tensors
 
 
 def _match(

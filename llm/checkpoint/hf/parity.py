@@ -53,7 +53,7 @@ def check_parity(ours: Decoder | Wrapper, folder: Path, *, full: Decoder | Wrapp
     from transformers import AutoModelForCausalLM
 
     tokens = check_tokens(ours.config.required_vocab_size(), ours.config.max_seq_len)
-    mine = _logits(ours, tokens)
+    mine = logits_of(ours, tokens)
     try:
         theirs_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
@@ -62,6 +62,16 @@ def check_parity(ours: Decoder | Wrapper, folder: Path, *, full: Decoder | Wrapp
             f"export refused: transformers cannot load what was written ({reason}); nothing was kept"
         ) from error
     theirs = theirs_model.eval()(tokens).logits.float()
+    rounding = None
+    if full is not None:
+        rounding = float((logits_of(full, tokens) - mine).abs().max()) / float(mine.abs().max())
+    return compare(mine, theirs, rounding)
+
+
+def compare(
+    mine: Tensor, theirs: Tensor, rounding: float | None, what: str = "of the model reloaded by transformers"
+) -> Parity:
+    """How near two sets of logits are; UserError when they differ by more than TOLERANCE."""
     if theirs.shape != mine.shape:
         raise UserError(
             f"export refused: transformers gives logits of shape {list(theirs.shape)}, we {list(mine.shape)}; "
@@ -75,15 +85,17 @@ def check_parity(ours: Decoder | Wrapper, folder: Path, *, full: Decoder | Wrapp
         scale=scale,
         relative=relative,
         next_token_agreement=float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        rounding=None if full is None else float((_logits(full, tokens) - mine).abs().max()) / scale,
+        rounding=rounding,
     )
     if not math.isfinite(relative) or relative > TOLERANCE:
         raise UserError(
-            f"export refused: the logits of the model reloaded by transformers differ from ours by {difference:.3g} "
+            f"export refused: the logits {what} differ from ours by {difference:.3g} "
             f"(largest logit {scale:.3g}, allowed {TOLERANCE:g} of it); nothing was kept"
         )
     return parity
 
 
-def _logits(model: Decoder | Wrapper, tokens: Tensor) -> Tensor:
+@torch.no_grad()
+def logits_of(model: Decoder | Wrapper, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] in fp32."""
     return model.head(model(tokens, SeqInfo.contiguous(*tokens.shape)).hidden).float()

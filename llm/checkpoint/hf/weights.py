@@ -132,4 +132,4 @@ def write_sharded(folder: Path, planned: Sequence[Planned], dtype: torch.dtype, 
 def _ready(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     assert tuple(tensor.shape) == tuple(shape)
     # A clone, since safetensors refuses tensors that share storage.
-    return tensor.detach().to("cpu", dtype).contiguous().clone()
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()

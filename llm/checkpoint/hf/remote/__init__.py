@@ -1,0 +1,1 @@
+"""Models of any block behind the interface of transformers: the classes, and what carries them into an export."""
