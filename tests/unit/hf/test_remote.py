@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,18 @@ import torch
 pytest.importorskip("transformers")
 
 from evals.export_matrix import Row, cases, matrix, small_model, weights
-from llm.blocks.base import MIXERS
+from llm.blocks.base import CHANNELS, MIXERS
 from llm.checkpoint.hf import ExportOptions, build_model, load_hf
 from llm.checkpoint.hf.parity import check_tokens, logits_of
 from llm.checkpoint.hf.remote import bundle as bundle_module
 from llm.checkpoint.hf.remote.bundle import bundle
 from llm.checkpoint.hf.remote.export import export_remote, planned
+from llm.checkpoint.hf.shape import hf_config
 from llm.core.errors import UserError
 from llm.data.tokenizer.simple import BytesTokenizer
 from llm.models.config import ModelConfig
+from llm.models.extract import extract
+from llm.models.nesting import whole_widths
 from llm.models.wrappers.base import WRAPPERS
 
 ALL = cases()
@@ -56,19 +61,30 @@ def test_bundles_hold_what_the_config_needs_and_no_more() -> None:
         assert not re.search(r"^\s*(from|import) (llm|kernels|pydantic|pydantic_core)\b", text, re.MULTILINE), name
 
 
+Exported = tuple[ModelConfig, dict[str, torch.Tensor], Path]
+
+
+def export_rmt(out: Path, **options: Any) -> Exported:
+    config = small_model("wrapper", WRAPPERS.entry("rmt").tiny()).replace(vocab_size=300)
+    tensors = weights(config)
+    export_remote(config, tensors, BytesTokenizer(), out, ExportOptions(**options))
+    return config, tensors, out
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_rmt(tmp_path_factory.mktemp("remote") / "out")
+
+
 @pytest.fixture
-def exported(tmp_path: Path) -> Callable[..., tuple[ModelConfig, dict[str, torch.Tensor], Path]]:
-    def make(**options: Any) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
-        config = small_model("wrapper", WRAPPERS.entry("rmt").tiny()).replace(vocab_size=300)
-        tensors = weights(config)
-        export_remote(config, tensors, BytesTokenizer(), tmp_path / "out", ExportOptions(**options))
-        return config, tensors, tmp_path / "out"
-
-    return make
+def exported(once: Exported, tmp_path: Path) -> Exported:
+    config, tensors, out = once
+    shutil.copytree(out, tmp_path / "out")
+    return config, tensors, tmp_path / "out"
 
 
-def test_sharded_bf16(exported: Callable[..., Any]) -> None:
-    config, tensors, out = exported(dtype="bf16", max_shard_bytes=20_000)
+def test_sharded_bf16(tmp_path: Path) -> None:
+    config, tensors, out = export_rmt(tmp_path / "out", dtype="bf16", max_shard_bytes=20_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     again, back = load_hf(out)
     assert again == config
@@ -92,6 +108,18 @@ def test_the_wrong_logits_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_slices_of_a_nested_model(tmp_path: Path) -> None:
+    """The same width in all layers is a plain shape; a width per layer is not, and takes its code along."""
+    config = small_model("channel", CHANNELS.entry("nested_gated").tiny())
+    tensors = weights(config)
+    whole = whole_widths(config)
+    hf_config(extract(config, tensors, [whole[0] // 2] * 2)[0])
+    mixed, cut = extract(config, tensors, [whole[0] // 2, whole[1]])
+    with pytest.raises(UserError, match="cannot export"):
+        hf_config(mixed)
+    assert export_remote(mixed, cut, None, tmp_path / "out").relative <= 1e-5
+
+
 def _pickle(out: Path) -> None:
     torch.save({"a": torch.ones(1)}, out / "model.safetensors")
 
@@ -110,20 +138,20 @@ def _key(out: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"), [(_pickle, "damaged or cut short"), (_cut, "damaged or cut short"), (_key, "layer")]
 )
-def test_what_is_broken_is_refused(exported: Callable[..., Any], harm: Callable[[Path], None], message: str) -> None:
-    _, _, out = exported()
+def test_what_is_broken_is_refused(exported: Exported, harm: Callable[[Path], None], message: str) -> None:
+    _, _, out = exported
     harm(out)
     with pytest.raises(UserError, match=message) as error:
         load_hf(out)
     assert "\n" not in str(error.value)
 
 
-def test_with_the_project_no_remote_code_is_needed(exported: Callable[..., Any], tmp_path: Path) -> None:
+def test_with_the_project_no_remote_code_is_needed(exported: Exported, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     import llm.hf
 
-    config, tensors, out = exported()
+    config, tensors, out = exported
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert type(model) is llm.hf.ManyformerForCausalLM
     tokens = check_tokens(300, 40)
@@ -134,9 +162,7 @@ def test_with_the_project_no_remote_code_is_needed(exported: Callable[..., Any],
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_hf(tmp_path / "again")[1].items())
 
 
-def test_padding_beams_and_copies(exported: Callable[..., Any]) -> None:
-    import copy
-
+def test_padding_beams_and_copies() -> None:
     from llm.hf import ManyformerConfig, ManyformerForCausalLM
 
     config = ALL["mixer", "mamba2"]
