@@ -99,3 +99,19 @@ def compare(
 def logits_of(model: Decoder | Wrapper, tokens: Tensor) -> Tensor:
     """Logits [B, T, V] in fp32."""
     return model.head(model(tokens, SeqInfo.contiguous(*tokens.shape)).hidden).float()
+
+
+@torch.no_grad()
+def stepped_logits_of(model: Decoder | Wrapper, tokens: Tensor, steps: int) -> Tensor:
+    """Logits [B, T, V] in fp32 with a decode state, the last `steps` tokens read one by one.
+
+    Some memories amplify rounding, so that these may differ more from `logits_of` than two right programs do.
+    """
+    batch, length = tokens.shape
+    state = model.new_state(batch, length, dtype=torch.float32, device="cpu")
+    first = max(1, length - steps)
+    parts = []
+    for chunk in (tokens[:, :first], *tokens[:, first:].split(1, dim=1)):
+        seq = SeqInfo.contiguous(batch, chunk.shape[1], start=state.end())
+        parts.append(model.head(model(chunk, seq, state=state).hidden).float())
+    return torch.cat(parts, dim=1)
