@@ -32,7 +32,7 @@ from llm.generate import Engine, Sampling
 from llm.models.config import ModelConfig
 from llm.models.wrappers.base import WRAPPERS
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "mixer": MIXERS,
     "channel": CHANNELS,
     "linear": LINEARS,

@@ -251,7 +251,7 @@ def test_different_logits_stop_the_export_and_leave_nothing(tmp_path: Path, monk
     def mistaken(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         return model.head(model(tokens, SeqInfo.contiguous(*tokens.shape)).hidden).float() * (1 + 3e-5)
 
-    monkeypatch.setattr(parity_module, "_logits", mistaken)
+    monkeypatch.setattr(parity_module, "logits_of", mistaken)
     with pytest.raises(UserError, match="export refused: the logits .* differ"):
         export_hf(config, tensors, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -136,7 +136,7 @@ def planned(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[Plan
 def _our_logits(
     config: ModelConfig, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float | None]:
-    """(logits from the written weights at once, the same token by token, largest change by rounding over the largest)."""
+    """(logits from the written weights at once, token by token, largest change by rounding over the largest)."""
     model = build_model(config, tensors)
     logits = logits_of(model, tokens)
     if dtype == torch.float32:

@@ -69,7 +69,7 @@ def run(job):  # type: ignore[no-untyped-def]
         parts.append(out.logits)
     logits = model(tokens, use_cache=False).logits.contiguous()
     save_file({"logits": logits, "cached": torch.cat(parts, 1)}, job["logits"])
-    found = {"class": type(model).__name__, "module": type(model).__module__}
+    found: dict = {"class": type(model).__name__, "module": type(model).__module__}
     if job.get("prompts"):
         longest = max(map(len, job["prompts"]))
         rows = [[0] * (longest - len(p)) + p for p in job["prompts"]]
