@@ -54,7 +54,8 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
         ([run, full], "is not empty"),
         ([run, tmp_path / "new", "dtype=fp16"], "dtype"),
         ([run, tmp_path / "new", "format=gguf"], "format"),
-        ([other, tmp_path / "new"], "model.position is 'learned'"),
+        ([run, tmp_path / "new", "format=run", "remote_code=always"], "remote_code has no effect"),
+        ([other, tmp_path / "new", "remote_code=never"], "model.position is 'learned'"),
         ([tmp_path / "none", tmp_path / "new"], "no checkpoint at"),
         (["import", tmp_path / "none", tmp_path / "new"], "no such folder"),
         (["import", full, tmp_path / "new"], "no config.json in"),
@@ -66,3 +67,14 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
         assert done.code == 2, (arguments, done.err)
         assert message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_of_another_shape_takes_its_code_along(cli: Cli, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", model={**MODEL, "position": "learned"})
+    done = cli("export", run, tmp_path / "out")
+    assert done.code == 0 and "its code goes along" in done.err, done.err
+    assert (tmp_path / "out" / "modeling_manyformer.py").is_file()
+    assert cli("export", "import", tmp_path / "out", tmp_path / "back").code == 0
+    before, after = load_model(run), load_model(tmp_path / "back")
+    for (name, p), (other, q) in zip(before.model.named_parameters(), after.model.named_parameters(), strict=True):
+        assert name == other and bool((p == q).all())
