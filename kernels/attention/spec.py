@@ -64,7 +64,8 @@ class Layout:
 
     positions: [B, T] of the queries. k_positions: [B, S] of the keys in mode "positions" (< 0 or beyond every query:
     an empty slot); None: keys belong to the same tokens as queries, by index. documents: [B, T] document index within
-    the row, for packed rows. cu_seqlens, max_seqlen: the same as offsets into the flattened B*T tokens.
+    the row, for packed rows. cu_seqlens, max_seqlen: the same as offsets into the flattened B*T tokens. full: by their
+    positions all keys are visible to all queries (a window is another matter).
     """
 
     positions: Tensor
@@ -72,6 +73,7 @@ class Layout:
     documents: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+    full: bool = False
 
     @property
     def mode(self) -> Mode:

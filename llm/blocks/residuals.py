@@ -56,7 +56,9 @@ class _SequentialResidual(Residual):
         y = part(_enter(before, x))
         if after is not None:
             y = after(y)
-        x = x + F.dropout(y, self.dropout, self.training)
+        if self.training and self.dropout:
+            y = F.dropout(y, self.dropout)
+        x = x + y
         return of_sum(x) if of_sum is not None else x
 
 

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def gated(joined: Tensor, name: str) -> Tensor:
     """act(gate) * up of [..., 2 * hidden], gate first: [..., hidden]. Eager code keeps nothing but `joined` for the
     backward pass and writes both gradients into one tensor."""
-    if torch.compiler.is_compiling() or name not in ("silu", "gelu", "gelu_tanh"):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or name not in ("silu", "gelu", "gelu_tanh"):
         gate, up = joined.chunk(2, dim=-1)
         return ACTIVATIONS[name](gate) * up
     return _Gated.apply(joined, name)

@@ -281,7 +281,9 @@ class Attention(TokenMixer):
         key = f"{self.key}/{type(state).__name__}/{state.k.shape[1]}/{q.dtype}"
         prepared = seq.derived.get(key)
         if prepared is None:
-            prepared = implementation.prepare(Layout(seq.positions, k_positions=positions), self.form, q.dtype)
+            full = isinstance(state, KVState) and seq.valid is None and state.full(x.shape[1])
+            layout = Layout(seq.positions, k_positions=positions, full=full)
+            prepared = implementation.prepare(layout, self.form, q.dtype)
             seq.derived[key] = prepared
         return self.out(implementation.run(q, k, v, self.form, prepared).flatten(2))
 

@@ -45,6 +45,9 @@ class KVState(DecodeState):
         Returns (k [B, S, Hkv, D], v, positions [B, S] int64): everything that may be seen; a query at position p may
         see the entries with 0 <= position <= p.
         """
+        if self.batch == 1 and counts is None and k.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._append_to_one(k, v)
+            return self.k[:, : self.extent], self.v[:, : self.extent], torch.arange(self.extent)[None]
         real = self._counts(k.shape[1], counts)
         rows, slots, keep, extent = self._places(k.shape[1], real)
         self.k[rows, slots] = (k if keep is None else k[keep]).to(self.k.dtype)
@@ -53,6 +56,20 @@ class KVState(DecodeState):
         self.extent = extent
         positions = torch.arange(extent, device=self.k.device).expand(self.batch, -1)
         return self.k[:, :extent], self.v[:, :extent], positions
+
+    def _append_to_one(self, k: Tensor, v: Tensor) -> None:
+        """The same for a state of one row on a CPU, where looking at its length costs nothing."""
+        start = int(self.end())
+        self.extent = start + k.shape[1]
+        assert self.extent <= self.capacity, f"{self.extent} tokens in a state made for {self.capacity}"
+        self._make_slots(self.extent)
+        self.k[:, start : self.extent] = k
+        self.v[:, start : self.extent] = v
+        self.advance(torch.tensor([k.shape[1]]))
+
+    def full(self, n_queries: int) -> bool:
+        """Whether the newest n_queries tokens see all that `append` has just given, as far as the host knows."""
+        return n_queries == 1 and self.batch == 1 and self.k.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _places(self, n_new: int, real: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Where the next n_new tokens of each row go, of which real [B] count: (rows, slots, which of [B, n_new], None:
