@@ -52,11 +52,10 @@ def banded_attention(
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over all keys of several disjoint sets, from (o [..., V], lse [...]) over each of them."""
     lses = torch.stack([lse for _, lse in parts])
-    total = lses.logsumexp(0)
-    weights = (lses - total).exp()
+    weights = lses.softmax(0)  # exp(lses - logsumexp) would not add up to one where the scores are large
     o = sum(w[..., None] * part.to(w.dtype) for w, (part, _) in zip(weights, parts))
     assert isinstance(o, Tensor)
-    return o.to(parts[0][0].dtype), total
+    return o.to(parts[0][0].dtype), lses.logsumexp(0)
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

@@ -255,6 +255,6 @@ USE = [
     Case("estimate-world-size", "estimate $BASE world_size=0", ["world_size", "'0'"]),
     Case("estimate-no-vocabulary", "estimate $BASE data.path=$TMP/nowhere", ["model.vocab_size", "no prepared data"]),
     Case("bench-unknown-shape", "bench train shapes=llama-125m", ["'llama-125m'", "did you mean 'llama-124m'"]),
-    Case("bench-unknown-subject", "bench generate", ["'generate'", "allowed: train"]),
+    Case("bench-unknown-subject", "bench infer", ["'infer'", "allowed: train, generate"]),
     Case("unknown-command", "trane $BASE", ["unknown command 'trane'", "did you mean 'train'"]),
 ]

@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llm.blocks.mixers.reformer import LSHState
 from llm.core.state import (
     CompositeState,
     ConvState,
@@ -67,6 +68,21 @@ class Attention(Kind):
 
     def _visible(self, query: int, position: int) -> bool:
         return self.window is None or query - position < self.window or position < self.n_sinks
+
+
+class Hashed(Attention):
+    """Keys with the buckets in which they fell: the key itself and its double."""
+
+    def make(self, batch: int, n_tentative: int, capacity: int) -> DecodeState:
+        return LSHState(batch, capacity, 1, 1, 2, **OPEN)
+
+    def write(self, state: Any, x: Tensor, counts: Tensor | None, rows: Rows) -> None:
+        k = x[:, :, None, None]
+        keys, _, buckets, positions = state.append_hashed(k, k, torch.cat([k, 2 * k], dim=-1), counts)
+        assert keys.shape[1] == buckets.shape[1] == positions.shape[1]
+        for row, tokens in enumerate(rows):
+            assert keys[row, : len(tokens), 0, 0].tolist() == tokens
+            assert buckets[row, : len(tokens), 0].tolist() == [[token, 2 * token] for token in tokens]
 
 
 class Convolution(Kind):
@@ -131,6 +147,7 @@ class Empty(Kind):
 
 KINDS: dict[str, Kind] = {
     "kv": Attention(),
+    "kv_with_buckets": Hashed(),
     "window": Attention(window=WINDOW),
     "window_of_one": Attention(window=1),
     "window_with_sinks": Attention(window=WINDOW, n_sinks=N_SINKS),
@@ -232,8 +249,9 @@ def _run(kind: Kind, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_any_sequence_of_operations(name: str) -> None:
-    @settings(max_examples=25 if name == "composite" else 60)
+@pytest.mark.parametrize("n_examples", [pytest.param(60, id="few"), pytest.param(1000, marks=pytest.mark.slow)])
+def test_any_sequence_of_operations(name: str, n_examples: int) -> None:
+    @settings(max_examples=25 if name == "composite" and n_examples == 60 else n_examples, deadline=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         _run(KINDS[name], data)

@@ -67,7 +67,9 @@ def test_the_whole_run_and_a_slice_become_hugging_face_models(cli: Cli, run_fold
             for where, more in ((run_folder, key), (tmp_path / f"hf-{hidden}", []))
         ]
         assert text[0] == text[1]
-    done = cli("export", run_folder, tmp_path / "hf-mixed", "slice=[1/4,1]")
+    assert cli("export", run_folder, tmp_path / "hf-coded", "slice=[1/4,1]").code == 0
+    assert "auto_map" in json.loads((tmp_path / "hf-coded" / "config.json").read_text())
+    done = cli("export", run_folder, tmp_path / "hf-mixed", "slice=[1/4,1]", "remote_code=never")
     assert done.code == 2 and "cannot export: model.blocks.1.channel.d_hidden is 96" in done.err
 
 
