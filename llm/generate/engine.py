@@ -25,7 +25,7 @@ class Engine:
     eos_id: token that ends a text (None: there is none). max_batch: requests that run together; waiting ones take the
     places of those that end, when all of them find one or a quarter is free. prefill_chunk: tokens
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
-    max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
+    max_seq_len; more than that only where its parts allow it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
     that was read before, with which every prompt begins.
     """
@@ -54,12 +54,10 @@ class Engine:
         self.eos_id = eos_id
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        self.context = context or model.config.max_seq_len
-        if self.context > (model.config.max_context or self.context):
-            raise UserError(
-                f"context={context} is longer than the model's position table of {model.config.max_seq_len} tokens; "
-                "lower it"
-            )
+        longest = model.config.max_context or max(context or 0, model.config.max_seq_len)
+        self.context = context or min(longest, model.config.max_seq_len)
+        if self.context > longest:
+            raise UserError(f"context={context} is more than the {longest} tokens that the model can read; lower it")
         if prefix is not None:
             if prefix.model != fingerprint(model):
                 raise UserError("the saved state comes from another model, or from other weights of it; save it anew")

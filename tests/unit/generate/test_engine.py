@@ -127,7 +127,7 @@ def test_stop_check_ends_a_row(model: Decoder) -> None:
 
 
 def test_a_learned_position_table_limits_the_context() -> None:
-    with pytest.raises(UserError, match="context=65 is longer than the model's position table of 64"):
+    with pytest.raises(UserError, match="context=65 is more than the 64 tokens"):
         Engine(build("learned"), context=65)
 
 
