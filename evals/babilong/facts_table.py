@@ -85,7 +85,9 @@ def table(folder: str, n_stories: int, seed: int) -> str:
         for answer, difference in apart.items():
             error = standard_error(real, answer)
             real_share, own_share = theirs.get(answer, 0.0), mine.get(answer, 0.0)
-            second.append(f"| {task} | {answer} | {real_share:.1f} | {own_share:.1f} | {difference:+.1f} | {error:.1f} |")
+            second.append(
+                f"| {task} | {answer} | {real_share:.1f} | {own_share:.1f} | {difference:+.1f} | {error:.1f} |"
+            )
     return "\n".join([*first, "", *second])
 
 

@@ -15,7 +15,7 @@ NAMES = tuple(f"qa{number}" for number in range(1, 21))
 
 @dataclass(frozen=True)
 class Question:
-    """Asked after the first `n_facts` facts of its story. support: indices of the facts that the answer follows from."""
+    """Asked after the first `n_facts` facts of its story. support: indices of the facts that it follows from."""
 
     text: str
     answer: str

@@ -66,7 +66,7 @@ def conjunction(rng: Random) -> Story:
             pair = rng.sample(PEOPLE, 2)
             where = other(rng, ROOMS, *(at[p][0] for p in pair if p in at))
             fact = story.tell(f"{pair[0]} and {pair[1]} {rng.choice(GO)} to the {where}.")
-            at |= {person: (where, (fact,)) for person in pair}
+            at |= dict.fromkeys(pair, (where, (fact,)))
         _ask_where(rng, story, at, 3)
     return story
 
@@ -80,7 +80,7 @@ def compound_coreference(rng: Random) -> Story:
         one = story.tell(f"{pair[0]} and {pair[1]} {rng.choice(GO)} to the {first}.")
         where = other(rng, ROOMS, first)
         two = story.tell(f"{rng.choice(THEN)} they {rng.choice(GO)} to the {where}.")
-        at |= {person: (where, (one, two)) for person in pair}
+        at |= dict.fromkeys(pair, (where, (one, two)))
         _ask_where(rng, story, at, 3)
     return story
 
