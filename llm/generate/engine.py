@@ -10,6 +10,7 @@ from llm.core.errors import UserError
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
+from llm.generate.prefill import Prompt, PromptStream
 from llm.generate.prefix import Prefix, fingerprint
 from llm.generate.sampling import Sampling
 from llm.generate.scheduler import Scheduler
@@ -71,7 +72,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling],
         *,
         stop: StopCheck | None = None,
@@ -87,7 +88,7 @@ class Engine:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling],
         *,
         stop: StopCheck | None = None,
@@ -110,12 +111,15 @@ class Engine:
             for event in scheduler.step():
                 yield replace(event, request=requests[event.request])
 
-    def check(self, prompt: Sequence[int], name: str) -> None:
+    def check(self, prompt: Prompt, name: str) -> None:
         """UserError, in which the prompt has this name, when it cannot be continued."""
         vocab = self.model.config.required_vocab_size()
-        if not prompt:
+        if not len(prompt):
             raise UserError(f"{name} has no tokens; give at least one")
-        if min(prompt) < 0 or max(prompt) >= vocab:
+        if isinstance(prompt, PromptStream):
+            if self.prefix is not None or self.drafter is not None:
+                raise UserError("a prompt that is streamed goes with neither a saved state nor speculative decoding")
+        elif min(prompt) < 0 or max(prompt) >= vocab:
             raise UserError(
                 f"{name} holds token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; "
                 f"the model's ids are 0 to {vocab - 1}: is this the tokenizer that the model was trained with?"
@@ -125,5 +129,5 @@ class Engine:
                 f"{name} has {len(prompt)} tokens and the model's context is {self.context}, which leaves no "
                 f"room for new ones; shorten it to at most {self.context - 1} tokens"
             )
-        if self.prefix is not None:
+        if self.prefix is not None and not isinstance(prompt, PromptStream):
             self.prefix.check(prompt, name)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
 from llm.generate.drafters import Batch, Draft, Drafter
 from llm.generate.events import FinishReason, TokenEvent
-from llm.generate.prefill import Prefill
+from llm.generate.prefill import Prefill, Prompt, PromptStream
 from llm.generate.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Scheduler:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         *,
         stop: Callable[[int], bool] | None = None,
@@ -53,6 +54,8 @@ class Scheduler:
         """
         engine = self.engine
         engine.check(prompt, "the prompt")
+        if isinstance(prompt, PromptStream) and sampling.repetition_penalty != 1:
+            raise UserError("a prompt that is streamed goes with no repetition_penalty, for which it must be held")
         request = _Request(self._n_submitted, prompt, sampling, engine.context, stop, n_logprobs)
         if engine.drafter is not None:
             engine.drafter.check(len(prompt) + request.limit)
@@ -149,7 +152,7 @@ class Scheduler:
                 return events
             fresh.keep(rows)
         if engine.drafter is not None:
-            prompts, samplings = [r.prompt for r in fresh.requests], [r.sampling for r in fresh.requests]
+            prompts, samplings = list(map(_held, fresh.requests)), [r.sampling for r in fresh.requests]
             batch = Batch(prompts, samplings, engine.context, engine.draft_length.most)
             add = engine.drafter.start if self._running is None else engine.drafter.extend
             add(batch, fresh.pending)
@@ -206,7 +209,7 @@ class _Request:
     def __init__(
         self,
         number: int,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         context: int,
         stop: Callable[[int], bool] | None,
@@ -248,7 +251,9 @@ class _Group:
             engine.prefix.restore(self.state)
             n_read = engine.prefix.n_read
         vocab_size = engine.model.config.required_vocab_size()
-        self.sampler = Sampler([request.sampling for request in requests], prompts, vocab_size, engine.device)
+        self.sampler = Sampler(
+            [request.sampling for request in requests], list(map(_held, requests)), vocab_size, engine.device
+        )
         self.prefill: Prefill | None = Prefill(engine.model, prompts, self.state, engine.prefill_chunk, n_read)
         self.pending = torch.zeros(len(requests), dtype=torch.int64, device=engine.device)
 
@@ -269,11 +274,12 @@ class _Group:
         """Go on with these rows only, of which there is at least one."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.pending.device)
         self.requests = [self.requests[row] for row in rows]
-        self.state.reorder(index)
         self.sampler.keep(rows)
         self.pending = self.pending[index]
         if self.prefill is not None:
             self.prefill.keep(rows)
+        else:
+            self.state.reorder(index)
 
     def extend(self, other: _Group) -> None:
         """Go on with the requests of another group too."""
@@ -302,6 +308,11 @@ class _Group:
                 if request.ended:
                     break
         return events
+
+
+def _held(request: _Request) -> Sequence[int]:
+    """The prompt's tokens; none of a stream, for which nothing is asked that needs them."""
+    return () if isinstance(request.prompt, PromptStream) else request.prompt
 
 
 def _log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
