@@ -1,4 +1,5 @@
 """usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
+       python launch/evaluate.py babilong run=RUN [CONFIG.yaml] [key=value ...]
 
 Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
 folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
@@ -22,10 +23,30 @@ keys:
   out=                where to write the JSON (default: in the run's folder; not for a Hugging Face model)
   num_threads=        CPU threads
 
+babilong: questions about facts that are scattered in other text (docs/babilong.md). One line per sample in
+samples.jsonl, to which the same command adds what is missing; summary.json, table.md, heat maps and report.html beside
+it; the summary as one JSON line on stdout. A folder never takes results of other conditions. Its keys:
+  run=                RUN as above
+  tasks=[qa1,...,qa5] of qa1 to qa20
+  lengths=[0k,1k,2k,4k]  tokens; 0k: the facts alone
+  form=prompt         prompt (answered in words) or finetuned (context, question, GEN, answer, end of text)
+  samples=100         per task, length and window
+  seed=0  facts=      folder of real bAbI files (default: simulated facts)
+  windows=1           depth windows: each puts the facts into its own part of the text
+  reserve=            tokens of a length left to what is not context (default: 300 for prompts, 20 fine-tuned)
+  background.source.type=stdlib  or text with 'background.source.paths=[books/]'; background.max_bytes, min_tokens,
+                      max_tokens, filter
+  prompts.file=       official texts (prompts.py or JSON); prompts.instruction, examples, post_prompt=true,
+                      prompts.answer_prefix
+  batch=8  chunk=1024 samples that run together, tokens that are read at once
+  precision= device= tokenizer= num_threads=  as above
+  out=                folder of results (default: RUN/babilong)
+
 examples:
   python launch/evaluate.py runs/quickstart --compressors
   python launch/evaluate.py runs/quickstart my/file.txt stride=full precision=fp32
   python launch/evaluate.py runs/nested slice=[1/8,1/4,1/4,1]
+  python launch/evaluate.py babilong run=runs/quickstart tasks=[qa1,qa2] lengths=[0k,1k] samples=20
 """
 
 from __future__ import annotations
@@ -67,6 +88,9 @@ class EvaluateOptions(SliceOptions):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
+    if argv[:1] == ["babilong"]:
+        babilong(argv[1:])
+        return
     parser = Parser(prog="evaluate")
     parser.add_argument("--compressors", action="store_true")
     parser.add_argument("words", nargs="*")
@@ -80,6 +104,16 @@ def main(argv: list[str]) -> None:
         )
     result = evaluate(Path(paths[0]), paths[1:], options, compressors=given.compressors)
     print(json.dumps(result))
+    sys.stdout.flush()
+
+
+def babilong(argv: list[str]) -> None:
+    """The benchmark of that name; a run folder of this name is given as ./babilong."""
+    from evals.babilong.options import BabilongOptions
+    from evals.babilong.run import run as evaluate_babilong
+
+    summary = evaluate_babilong(load_config(BabilongOptions, argv))
+    print(json.dumps(summary))
     sys.stdout.flush()
 
 
