@@ -89,8 +89,8 @@ class Background:
         return self.ids[self.starts[number] : self.starts[number + 1]]
 
 
-def open_background(config: BackgroundConfig, tokenizer: Tokenizer) -> Background:
-    """Read and tokenize; UserError where nothing is left."""
+def read_documents(config: BackgroundConfig) -> Iterator[str]:
+    """The documents to be taken: one at least, and no more than max_bytes of them."""
     context = Context(Holdout(), 0, 4 << 20, 1 << 30, 1 << 30)
     documents: list[str] = []
     for task in config.source.plan(context):
@@ -98,14 +98,21 @@ def open_background(config: BackgroundConfig, tokenizer: Tokenizer) -> Backgroun
             if isinstance(item, Piece):
                 documents[len(documents) :] = [item.text] if item.first else [documents.pop() + item.text]
     documents.sort(key=lambda document: hashlib.blake2b(document.encode(), digest_size=8).digest())
+    n_bytes = 0
+    for number, document in enumerate(documents):
+        n_bytes += len(document.encode())
+        if number and n_bytes > config.max_bytes:
+            return
+        yield document
+
+
+def open_background(config: BackgroundConfig, tokenizer: Tokenizer) -> Background:
+    """Read and tokenize; UserError where nothing is left."""
     flat: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     books = [0]
-    n_bytes = n_filtered = 0
-    for document in documents:
-        n_bytes += len(document.encode())
-        if flat and n_bytes > config.max_bytes:
-            break
+    n_filtered = 0
+    for document in read_documents(config):
         kept = list(sentences(document))
         if config.filter:
             n_all = len(kept)

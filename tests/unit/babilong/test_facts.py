@@ -115,7 +115,7 @@ def test_shares_of_qa7_are_the_published_ones() -> None:
 @pytest.mark.parametrize("task", NAMES)
 def test_simulated_worlds_are_like_the_real_ones(task: str, shared_data: Path) -> None:
     """Every share lies within 3 points of the real one, or within 3.5 standard errors of the real sample."""
-    real, ours = list(read_stories(find_real(shared_data / "babi", task))), _stories(task, 1000)
+    real, ours = list(read_stories(find_real(shared_data / "babi", task))), _stories(task, 600)
     theirs, mine = shares(real), shares(ours)
     for answer in {*theirs, *mine}:
         apart = abs(theirs.get(answer, 0) - mine.get(answer, 0))
