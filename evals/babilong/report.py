@@ -90,15 +90,19 @@ def table(summary: dict[str, Any]) -> str:
 def heat_maps(summary: dict[str, Any]) -> list[HeatMap]:
     """Tasks by lengths; for each task whose answer follows from one fact, depths by lengths."""
     lengths = [short(n) for n in summary["lengths"]]
-    best = metrics_of(summary)[-1]
-    cells = {(task, short(n)): value for task in summary["tasks"] for n, value in summary["cells"][best][task].items()}
-    maps = [HeatMap("heatmap", "Right answers, %", list(summary["tasks"]), lengths, cells)]
+    cells = {
+        (task, short(n)): value
+        for task in summary["tasks"]
+        for n, value in summary["cells"]["right_fixed"][task].items()
+    }
+    metric = " (fixed metric)" if len(metrics_of(summary)) > 1 else ""
+    maps = [HeatMap("heatmap", f"Right answers, %{metric}", list(summary["tasks"]), lengths, cells)]
     for task, by_length in summary["depths"].items():
         if by_length:
             step = 100 // N_DEPTHS
             names = [f"{step * i}-{step * (i + 1)}%" for i in range(N_DEPTHS)]
             deep = {(names[int(i)], short(n)): c for n, cells_ in by_length.items() for i, c in cells_.items()}
-            title = f"{task}: depth of the supporting fact"
+            title = f"{task} by depth of the fact, %{metric}"
             maps.append(HeatMap(f"depth-{task}", title, names, [short(n) for n in by_length], deep))
     return maps
 
@@ -148,7 +152,7 @@ def heat_map_svg(drawn: HeatMap) -> str:
     """The same as an <svg> element in the page's colours."""
     _, title, names, columns, cells = drawn
     left, top, width, height = 90, 34, 74, 30
-    total_width, total_height = left + width * len(columns) + 4, top + height * len(names) + 30
+    total_width, total_height = max(360, left + width * len(columns) + 4), top + height * len(names) + 30
     label = html.escape(title)
     out = [
         f'<svg viewBox="0 0 {total_width} {total_height}" style="max-width:{total_width}px" role="img" '

@@ -144,14 +144,14 @@ def _mean(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _by_depth(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """length -> fifth of the context -> cell, for tasks whose answer follows from one fact."""
+    """length -> fifth of the context -> cell of the fixed metric, for tasks whose answer follows from one fact."""
     found: dict[str, dict[str, Any]] = {}
     for length in sorted({row["length"] for row in rows}):
         own = [row for row in rows if row["length"] == length]
         if length == 0 or any(len(row["depths"]) != 1 for row in own):
             continue
         fifths = [[r for r in own if min(N_DEPTHS - 1, int(N_DEPTHS * r["depths"][0])) == i] for i in range(N_DEPTHS)]
-        found[str(length)] = {str(i): cell(part, "right") for i, part in enumerate(fifths) if part}
+        found[str(length)] = {str(i): cell(part, "right_fixed") for i, part in enumerate(fifths) if part}
     return found
 
 
