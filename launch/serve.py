@@ -27,6 +27,7 @@ keys:
   device=auto              auto, cpu or cuda
   context=                 most tokens of prompt and output (default: the model's max_seq_len)
   tokenizer=               folder of the tokenizer, if it does not lie with the model
+  compile=false            compile the decoding step before the first answers, which takes some seconds
   num_threads=             CPU threads (default: one for small models)
 
 examples:
@@ -67,6 +68,7 @@ class ServeOptions(Limits, SliceOptions):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
+    compile: bool = False
     num_threads: int | None = Field(None, ge=1)
 
 
@@ -109,7 +111,11 @@ def main(argv: list[str]) -> int:
     set_widths(model, options.of(model.config))
     small = sum(p.numel() for p in model.parameters()) * options.max_batch < SMALL
     torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))
-    engine = Engine(model, eos_id=tokenizer.eos_id, max_batch=options.max_batch, context=options.context)
+    engine = Engine(
+        model, eos_id=tokenizer.eos_id, max_batch=options.max_batch, context=options.context, compile=options.compile
+    )
+    if options.compile:
+        engine.warm_up()
     worker = Worker(Scheduler(engine), tokenizer.pieces, max_open=options.max_batch + options.max_waiting)
     name = options.name or Path(given.model).resolve().name
     service = Service(worker, tokenizer, load_chat(tokenizer, given.chat_template), name, engine.context, options)

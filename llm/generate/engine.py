@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from llm.core.errors import UserError
+from llm.generate.decode_step import CompiledStep, Step, read_one
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
@@ -28,7 +29,8 @@ class Engine:
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
     max_seq_len; more than that only where its parts allow it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
-    that was read before, with which every prompt begins.
+    that was read before, with which every prompt begins. compile: the step of plain decoding is compiled at first use,
+    which takes some seconds.
     """
 
     def __init__(
@@ -42,11 +44,15 @@ class Engine:
         drafter: Drafter | None = None,
         draft_length: DraftLength | None = None,
         prefix: Prefix | None = None,
+        compile: bool = False,
     ) -> None:
         self.model = model
+        self.step: Step = CompiledStep(model) if compile else partial(read_one, model)
         self.drafter, self.draft_length = drafter, draft_length or DraftLength()
         self.speculation = Speculation()
         self.prefix = prefix
+        if drafter is not None and compile:
+            raise UserError("compile is for plain decoding, a drafter was given too; leave one of them out")
         if drafter is not None and drafter.vocab_size not in (None, model.config.required_vocab_size()):
             raise UserError(
                 f"{drafter.name} drafts with a vocabulary of {drafter.vocab_size}, the model has "
@@ -110,6 +116,11 @@ class Engine:
         while scheduler.n_waiting or scheduler.n_running:
             for event in scheduler.step():
                 yield replace(event, request=requests[event.request])
+
+    def warm_up(self) -> None:
+        """Compile what the first answers need: the step of one row, and of several."""
+        for n in {1, min(3, self.max_batch)}:
+            self.generate([[0]] * n, Sampling(temperature=0, max_new_tokens=3, ignore_eos=True))
 
     def check(self, prompt: Prompt, name: str) -> None:
         """UserError, in which the prompt has this name, when it cannot be continued."""

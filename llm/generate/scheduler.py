@@ -170,8 +170,7 @@ class Scheduler:
         engine = self.engine
         if engine.drafter is not None:
             return self._speculate(engine.drafter, group)
-        seq = SeqInfo(positions=group.state.end()[:, None])
-        logits = engine.model.head(engine.model(group.pending[:, None], seq, state=group.state).hidden[:, -1])
+        logits = engine.step(group.pending, group.state)
         group.pending = group.sampler(logits)
         return group.say(group.pending[:, None], [0] * len(group.requests), logits[:, None], engine.eos_id)
 

@@ -8,11 +8,15 @@ from math import prod
 import torch
 from torch import Tensor
 
+from llm.core.compat import mark_any_length
 from llm.core.errors import UserError
 from llm.core.states.base import DecodeState, fetch, own_copy, spread, take_along
 
 LEAST_SLOTS = 64
 """Fewer are not worth making anew."""
+
+READ_TOGETHER = 64
+"""Compiled code reads slots in multiples of this number."""
 
 
 class KVState(DecodeState):
@@ -20,6 +24,7 @@ class KVState(DecodeState):
 
     capacity: most tokens of a row, tentative ones included. Slots are made as they are needed, a power of two of them,
     and `reorder` gives back what the rows that are left do not need.
+    arrangement: states of which it is the same, and that have read the same, hold it at the same places.
     """
 
     def __init__(
@@ -35,7 +40,11 @@ class KVState(DecodeState):
     ) -> None:
         super().__init__(batch, device=device)
         self.capacity = capacity
+        self.arrangement = f"all of {capacity}"
         self.extent = 0  # host bound on max(end()): what must be read
+        self.reserved: Tensor | None = (
+            None  # slots that compiled code reads: a size it knows from a tensor, not a number
+        )
         self.k = torch.zeros(batch, 0, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, 0, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
@@ -54,8 +63,12 @@ class KVState(DecodeState):
         self.v[rows, slots] = (v if keep is None else v[keep]).to(self.v.dtype)
         self.advance(real)
         self.extent = extent
-        positions = torch.arange(extent, device=self.k.device).expand(self.batch, -1)
-        return self.k[:, :extent], self.v[:, :extent], positions
+        if torch.compiler.is_compiling() and self.reserved is not None:
+            places = self.reserved
+        else:
+            places = torch.arange(extent, device=self.k.device)
+        n = places.shape[0]
+        return self.k[:, :n], self.v[:, :n], places.expand(self.batch, -1)
 
     def _append_to_one(self, k: Tensor, v: Tensor) -> None:
         """The same for a state of one row on a CPU, where looking at its length costs nothing."""
@@ -93,10 +106,19 @@ class KVState(DecodeState):
         return min(self.capacity, max(LEAST_SLOTS, 1 << (n - 1).bit_length())) if n else 0
 
     def _make_slots(self, n: int) -> None:
-        missing = self._n_slots(n) - self.k.shape[1]
         if n > self.k.shape[1]:
+            missing = self._n_slots(n) - self.k.shape[1]
             for name, tensor in self._rows().items():
                 self._set_row(name, torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1))
+
+    def reserve(self, n_new: int) -> None:
+        needed = self.extent + n_new
+        n = min(-(-needed // READ_TOGETHER) * READ_TOGETHER, self.capacity)
+        # One slot more: two sizes that are equal by chance would be compiled for as equal ones.
+        self._make_slots(min(n + 1, self.capacity))
+        if self.reserved is None or self.reserved.shape[0] != n:
+            self.reserved = torch.arange(n, device=self.k.device)
+            mark_any_length(self.reserved)
 
     def commit(self, accepted: Tensor) -> None:
         super().commit(accepted)
@@ -178,6 +200,7 @@ class WindowState(DecodeState):
         self.n_sinks = n_sinks
         self.ring = window + n_tentative
         slots = n_sinks + self.ring
+        self.arrangement = f"{n_sinks} and a ring of {self.ring}"
         self.k = torch.zeros(batch, slots, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, slots, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
