@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,9 +44,13 @@ class CompiledStep:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         if backend == "inductor" and device.type == "cpu":
             options["cpp_wrapper"] = True
-        self._run = torch.compile(
-            partial(read_one, model), fullgraph=True, dynamic=True, backend=backend, options=options
-        )
+
+        def step(tokens: Tensor, state: DecodeState) -> Tensor:
+            return read_one(model, tokens, state)
+
+        # The compiler keeps its graphs by code object, and without guards would take those of another model for ours.
+        own = FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
+        self._run = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
 
     def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
         state.reserve(1)

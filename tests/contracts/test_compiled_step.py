@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from llm.blocks.base import MIXERS
 from llm.core.errors import UserError
 from llm.core.registry import Entry
 from llm.generate.decode_step import CompiledStep
 from llm.generate.engine import Engine
 from llm.generate.sampling import Sampling
+from tests.contracts.checks.harness import fill, tiny_model
 from tests.contracts.test_speculative import CASES, PROMPTS, build, parameters
 
 REFUSED = {
@@ -45,6 +47,24 @@ def check(kind: str, label: str, entry: Entry[Any], backend: str, n_tokens: int)
 @pytest.mark.parametrize(("kind", "label", "entry"), parameters([case for case in CASES if case[1] in FAST]))
 def test_equals_the_plain_step(kind: str, label: str, entry: Entry[Any]) -> None:
     check(kind, label, entry, "eager", 80)
+
+
+def test_models_that_differ_in_a_constant_do_not_share_a_graph() -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    found = []
+    for theta in (10000.0, 10.0):
+        config = tiny_model(MIXERS.entry("attention").tiny(), max_seq_len=300).replace(
+            position={"type": "rope", "theta": theta}
+        )
+        model = fill(config.build("cpu")).eval()
+        engine = Engine(model)
+        engine.step = CompiledStep(model, backend="eager")
+        plain, compiled = (
+            [completion.tokens for completion in each.generate(PROMPTS, greedy)] for each in (Engine(model), engine)
+        )
+        assert compiled == plain
+        found.append(plain)
+    assert found[0] != found[1]
 
 
 @pytest.mark.slow
