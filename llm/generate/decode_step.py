@@ -48,7 +48,7 @@ class CompiledStep:
         def step(tokens: Tensor, state: DecodeState) -> Tensor:
             return read_one(model, tokens, state)
 
-        # The compiler keeps its graphs by code object, and without guards would take those of another model for ours.
+        # The compiler keeps, searches and counts its graphs by code object: those of other models are not in the way.
         own = FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
         self._run = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
 

@@ -52,11 +52,9 @@ def test_equals_the_plain_step(kind: str, label: str, entry: Entry[Any]) -> None
 def test_models_that_differ_in_a_constant_do_not_share_a_graph() -> None:
     greedy = Sampling(temperature=0, max_new_tokens=12)
     found = []
-    for theta in (10000.0, 10.0):
-        config = tiny_model(MIXERS.entry("attention").tiny(), max_seq_len=300).replace(
-            position={"type": "rope", "theta": theta}
-        )
-        model = fill(config.build("cpu")).eval()
+    for scale in (0.1, 2.0):
+        mixer = MIXERS.entry("attention").tiny().replace(scale=scale)
+        model = fill(tiny_model(mixer, max_seq_len=300).build("cpu")).eval()
         engine = Engine(model)
         engine.step = CompiledStep(model, backend="eager")
         plain, compiled = (
