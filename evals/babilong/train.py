@@ -54,7 +54,7 @@ MONITOR_SEED = 1_000_003
 class Stage(Config):
     """length: most tokens of a sample, question and answer included. steps: at most."""
 
-    length: Count = Field(ge=64)
+    length: Count = Field(ge=32)
     steps: Count = Field(ge=1)
 
 
