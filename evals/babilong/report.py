@@ -70,7 +70,10 @@ def conditions(summary: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((name.replace("_", " "), text))
     counts = {cell["n"] for cells in summary["cells"]["right"].values() for cell in cells.values()}
     found.append(("samples in a cell", ", ".join(map(str, sorted(counts)))))
-    read = ", ".join(f"{short(n)}: {t['n_context']:g} / {t['n_read']:g}" for n, t in summary["tokens"].items())
+    read = ", ".join(
+        f"{short(n)}: {t['n_context']:g} ({t['n_bytes']:g} bytes) / {t['n_read']:g}"
+        for n, t in summary["tokens"].items()
+    )
     return [*found, ("tokens of the context / read in all, mean", read)]
 
 

@@ -156,5 +156,5 @@ def _by_depth(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _tokens(rows: list[Row]) -> dict[str, float]:
-    """Mean tokens of the contexts and of all that was read."""
-    return {key: round(statistics.fmean(row[key] for row in rows), 1) for key in ("n_context", "n_read")}
+    """Mean tokens and bytes of the contexts, and tokens of all that was read."""
+    return {key: round(statistics.fmean(row[key] for row in rows), 1) for key in ("n_context", "n_bytes", "n_read")}

@@ -33,6 +33,7 @@ class Evaluation:
         self.form: AnyForm = (
             PromptForm(tokenizer, options.prompts) if options.form == "prompt" else FinetunedForm(tokenizer)
         )
+        self.token_bytes = tokenizer.token_bytes()
         self.background: Background | None = None
         if any(options.lengths):
             self.background = open_background(options.background, tokenizer)
@@ -83,6 +84,7 @@ class Evaluation:
                 "depths": [round(depth, 4) for depth in each.depths],
                 "n_facts": len(each.sample.facts),
                 "n_context": each.n_tokens,
+                "n_bytes": int(sum(self.token_bytes[ids].sum() for ids, _ in each.pieces())),
                 "n_read": len(stream),
             }
             for each, completion, stream in zip(hidden, made, streams, strict=True)

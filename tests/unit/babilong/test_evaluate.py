@@ -50,7 +50,7 @@ def test_a_run_is_evaluated_and_killed_ones_go_on(cli: Cli, run_folder: Path, bo
     assert found["n"] == 5 and (found["low"], found["high"]) == interval(found["right"], 5)
     rows = rows_of(tmp_path / "a")
     assert {row["n_context"] for row in rows if row["length"]} == {700}
-    assert all(row["n_read"] > row["n_context"] for row in rows)
+    assert all(row["n_read"] > row["n_context"] == row["n_bytes"] for row in rows), "a token is a byte here"
     for name in ("conditions.json", "summary.json", "table.md", "report.html", "heatmap.png", "depth-qa1.png"):
         assert (tmp_path / "a" / name).stat().st_size > 0, name
     page = (tmp_path / "a" / "report.html").read_text()
