@@ -1,5 +1,5 @@
 """usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
-       python launch/evaluate.py babilong run=RUN [CONFIG.yaml] [key=value ...]
+       python launch/evaluate.py babilong [CONFIG.yaml] run=RUN [key=value ...]
 
 Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
 folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
