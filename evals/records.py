@@ -39,7 +39,7 @@ class Records:
         if not whole:
             return False
         try:
-            first, *rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            first, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
             known = first["conditions"]
             self.done = {row["id"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:

@@ -1,5 +1,6 @@
 """usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
        python launch/evaluate.py babilong [CONFIG.yaml] run=RUN [key=value ...]
+       python launch/evaluate.py harness run=RUN tasks=[...] [key=value ...]
 
 Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
 folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
@@ -41,6 +42,16 @@ it; the summary as one JSON line on stdout. A folder never takes results of othe
   batch=8  chunk=1024 samples that run together, tokens that are read at once
   precision= device= tokenizer= num_threads=  as above
   out=                folder of results (default: RUN/babilong)
+harness: tasks of lm-evaluation-harness (docs/evaluation.md), results in RUN/harness. Its keys:
+  run= tasks=         RUN as above; names of tasks
+  include_path=       folder of YAML tasks of your own
+  limit= num_fewshot= gen_kwargs={}  as of lm-eval
+  offline=false       whether fetching anything is refused
+  max_length=         most tokens of a text (default: the model's max_seq_len)
+  batch_size=auto     requests that run together; auto: as many as batch_tokens=16384 allows
+  chunk=1024          tokens of contexts that are read at once
+  add_bos_token=false begin each context as a document
+  seed=0 precision=fp32 device=auto tokenizer= num_threads= out=
 
 examples:
   python launch/evaluate.py runs/quickstart --compressors
@@ -88,8 +99,8 @@ class EvaluateOptions(SliceOptions):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    if argv[:1] == ["babilong"]:
-        babilong(argv[1:])
+    if argv[:1] and argv[0] in BENCHMARKS:
+        print(json.dumps(BENCHMARKS[argv[0]](argv[1:])))
         return
     parser = Parser(prog="evaluate")
     parser.add_argument("--compressors", action="store_true")
@@ -107,14 +118,24 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
 
 
-def babilong(argv: list[str]) -> None:
-    """The benchmark of that name; a run folder of this name is given as ./babilong."""
+def babilong(argv: list[str]) -> dict[str, Any]:
+    """BABILong."""
     from evals.babilong.options import BabilongOptions
-    from evals.babilong.run import run as evaluate_babilong
+    from evals.babilong.run import run
 
-    summary = evaluate_babilong(load_config(BabilongOptions, argv))
-    print(json.dumps(summary))
-    sys.stdout.flush()
+    return run(load_config(BabilongOptions, argv))
+
+
+def harness(argv: list[str]) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness."""
+    from evals.harness.run import HarnessOptions, run_harness
+
+    return run_harness(load_config(HarnessOptions, argv))
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], dict[str, Any]]] = {"babilong": babilong, "harness": harness}
+"""By the command's first word; a run folder of that name is given as ./NAME."""
+>>>>>>> 870e984 (evaluate harness: our models under lm-evaluation-harness, with the numbers of its hf model; shared contexts are read once, truncation is counted)
 
 
 def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compressors: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llm.core.errors import UserError
 
 def test_a_killed_file_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "out" / "samples.jsonl"
-    Records(path, {"seed": 1}).add([{"id": "a", "x": 1}, {"id": "b", "x": "h\u00e9"}])
+    Records(path, {"seed": 1}).add([{"id": "a", "x": 1}, {"id": "b", "x": "h\u00e9\u2028"}])
     with open(path, "ab") as file:
         file.write('{"id": "c", "x": "h\u00e9'.encode()[:-1])
     again = Records(path, {"seed": 1})
