@@ -1,6 +1,7 @@
 """usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
        python launch/evaluate.py babilong [CONFIG.yaml] run=RUN [key=value ...]
        python launch/evaluate.py harness run=RUN tasks=[...] [key=value ...]
+       python launch/evaluate.py retrieval run=RUN [key=value ...]
 
 Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
 folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
@@ -52,6 +53,18 @@ harness: tasks of lm-evaluation-harness (docs/evaluation.md), results in RUN/har
   chunk=1024          tokens of contexts that are read at once
   add_bos_token=false begin each context as a document
   seed=0 precision=fp32 device=auto tokenizer= num_threads= out=
+
+retrieval: needles, variable tracking, common words and recall in long prompts (docs/evaluation.md), results in
+RUN/retrieval; the same command adds what is missing there. Its keys:
+  run=                RUN as above
+  tasks=              niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, variable_tracking,
+                      common_words, recall (default: all)
+  lengths=[4096]      tokens of prompt and answer
+  samples=100 seed=42 of each task and length
+  depths=             where the first needle stands, in turn, 0 to 1 (default: drawn)
+  essays=             UTF-8 texts as background (default: the standard library's docstrings)
+  batch=8 chunk=1024  samples that run together, tokens that are read at once
+  precision=fp32 device=auto tokenizer= num_threads= out=
 
 examples:
   python launch/evaluate.py runs/quickstart --compressors
@@ -133,9 +146,18 @@ def harness(argv: list[str]) -> dict[str, Any]:
     return run_harness(load_config(HarnessOptions, argv))
 
 
-BENCHMARKS: dict[str, Callable[[list[str]], dict[str, Any]]] = {"babilong": babilong, "harness": harness}
+def retrieval(argv: list[str]) -> dict[str, Any]:
+    """Retrieval from long prompts."""
+    from evals.retrieval.options import RetrievalOptions
+    from evals.retrieval.run import run_retrieval
+
+    return run_retrieval(load_config(RetrievalOptions, argv))
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "babilong": babilong, "harness": harness, "retrieval": retrieval,
+}  # fmt: skip
 """By the command's first word; a run folder of that name is given as ./NAME."""
->>>>>>> 870e984 (evaluate harness: our models under lm-evaluation-harness, with the numbers of its hf model; shared contexts are read once, truncation is counted)
 
 
 def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compressors: bool = False) -> dict[str, Any]:
@@ -157,11 +179,10 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     paths = data or data_folders(tree)[:1]
     if not paths:
         raise UserError(f"{path} names no data of its own; give a folder of prepared data or text files as DATA")
-    context = options.context or model.config.max_seq_len
-    if context > (model.config.max_context or context):
-        raise UserError(
-            f"context={context} is longer than the model's position table of {model.config.max_seq_len}; lower it"
-        )
+    longest = model.config.max_context or max(options.context or 0, model.config.max_seq_len)
+    context = options.context or min(longest, model.config.max_seq_len)
+    if context > longest:
+        raise UserError(f"context={context} is more than the {longest} tokens that the model can read; lower it")
     if isinstance(options.stride, int) and not 1 <= options.stride <= context:
         raise UserError(
             f"stride={options.stride} must lie between 1 and the window length {context}, else tokens would be left out"
