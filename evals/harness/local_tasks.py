@@ -4,7 +4,7 @@ fetched.
 | task | request | asks |
 |---|---|---|
 | stdlib_next_line | loglikelihood | which of four lines comes next, of which three are from elsewhere |
-| stdlib_text | loglikelihood_rolling | perplexity of the beginnings of files |
+| stdlib_text | loglikelihood_rolling | perplexity of pieces of files |
 | stdlib_rest_of_line | generate_until | the rest of a line |
 """
 
@@ -59,9 +59,12 @@ def write_tasks(folder: Path, *, n: int = 32, text_chars: int = 1500, seed: int 
         options = [*wrong[:answer], line, *wrong[answer : N_CHOICES - 1]]
         if len(options) == N_CHOICES:
             choices.append({"context": context, "choices": options, "answer": answer})
-            cut = len(line) - len(line.lstrip()) + 4
-            rests.append({"context": context + line[:cut], "answer": line[cut:].strip()})
-    pieces = [text[:text_chars] for text in texts][:n]
+            cut = line.find(" ", len(line) - len(line.lstrip()))
+            if cut > 0 and line[cut:].strip():
+                rests.append({"context": context + line[:cut], "answer": line[cut:].rstrip()})
+    starts = sorted((start, number) for number, text in enumerate(texts) for start in range(0, len(text), text_chars))
+    pieces = [texts[number][start : start + text_chars] for start, number in starts]
+    pieces = [piece for piece in pieces if piece.strip()][:n]
     _task(folder, TASKS[0], choices[:n], {
         "output_type": "multiple_choice",
         "doc_to_text": "{{context}}",

@@ -58,7 +58,10 @@ def run_retrieval(options: RetrievalOptions) -> dict[str, Any]:
                 records.add(answer(model, tokenizer, TASKS[name], samples, options.chunk))
             found = statistics.fmean(records.done[sample_id]["score"] for sample_id in cell)
             print(f"{name} at {length}: {100 * found:.1f}", file=sys.stderr)
-    result = {"model": options.run, "conditions": about, **summarise(options, records)}
+    trained = model.config.max_seq_len
+    if max(options.lengths) > trained:
+        print(f"lengths above {trained} tokens are longer than the model's max_seq_len", file=sys.stderr)
+    result = {"model": options.run, "max_seq_len": trained, "conditions": about, **summarise(options, records)}
     _write(folder, result, options)
     print(table(result), file=sys.stderr)
     return result

@@ -15,13 +15,15 @@ import pytest
 
 from evals.retrieval.base import Sample, Sampler, place_of
 from evals.retrieval.needles import REPEATED
-from evals.retrieval.options import TASKS
-from evals.retrieval.run import score
+from evals.retrieval.options import TASKS, RetrievalOptions
+from evals.retrieval.run import run_retrieval, score
 from evals.retrieval.text import Background, read_background
 from llm.core.errors import UserError
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokenizer.backend import train_bpe
 from llm.data.tokenizer.simple import BytesTokenizer
+from llm.generate.events import Completion
+from llm.generate.sampling import Sampling
 from tests.unit.generate.runs import MODEL, write_run
 
 Cli = Callable[..., Any]
@@ -136,6 +138,29 @@ def test_what_does_not_fit_is_told(tokenizers: dict[str, Tokenizer], background:
         read_background((str(tmp_path / "short.txt"),))
     with pytest.raises(UserError, match="cannot read the essay"):
         read_background((str(tmp_path / "none.txt"),))
+
+
+class Oracle:
+    """In place of the engine: answers by rule what stands in the prompts' tokens."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        self.context = settings["context"]
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        tokenizer = BytesTokenizer()
+        assert all(len(prompt) + sampling.max_new_tokens <= self.context <= 6000 for prompt in prompts)
+        answers = [tokenizer.encode(oracle(tokenizer.decode(prompt))) for prompt in prompts]
+        return [Completion(tokens=answer, finish="length") for answer in answers]
+
+
+def test_the_whole_way_with_an_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evals.retrieval.run.Engine", Oracle)
+    run = write_run(tmp_path / "run")
+    options = {"run": str(run), "lengths": [6000], "samples": 3, "essays": ESSAYS, "device": "cpu"}
+    result = run_retrieval(RetrievalOptions.model_validate(options))
+    assert list(result["cells"]) == list(TASKS)
+    assert all(cell["6000"]["score"] == 1 for cell in result["cells"].values()), result["cells"]
+    assert set(result["depths"]) == {name for name in TASKS if name.startswith("niah")}
 
 
 def test_the_command_goes_on_where_it_was(cli: Cli, tmp_path: Path) -> None:
