@@ -113,7 +113,9 @@ class EvaluateOptions(SliceOptions):
 def main(argv: list[str]) -> None:
     """Run the command."""
     if argv[:1] and argv[0] in BENCHMARKS:
-        print(json.dumps(BENCHMARKS[argv[0]](argv[1:])))
+        result = BENCHMARKS[argv[0]](argv[1:])
+        if result:  # empty in all processes of a launcher but the first
+            print(json.dumps(result))
         return
     parser = Parser(prog="evaluate")
     parser.add_argument("--compressors", action="store_true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def run_retrieval(options: RetrievalOptions) -> dict[str, Any]:
     """Evaluate, print a table on stderr, write the folder; returns the summary."""
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("evaluate retrieval runs in one process; start it without torchrun")
     path, device = Path(options.run), pick_device(options.device)
     model, tokenizer, _ = load_model(path, device=device, dtype=DTYPES[options.precision], tokenizer=options.tokenizer)
     most = model.config.max_context

@@ -81,6 +81,23 @@ def test_recurrent_memory_with_segments() -> None:
     assert [score.logprob for score in Scorer(model)(asked)] == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.slow
+def test_every_registered_part() -> None:
+    """Small models of all mixers, channels and wrappers: contexts read once give what whole texts give."""
+    from evals.export_matrix import cases, weights
+    from llm.checkpoint.hf import build_model
+
+    asked = [([i % 29 for i in context], [i % 29 for i in rest]) for context, rest in pairs()]
+    different = {}
+    for name, config in cases(main_only=True).items():
+        model = build_model(config, weights(config))
+        shared, alone = Scorer(model)(asked), Scorer(model, share=False, max_rows=1)(asked)
+        largest = max(abs(a.logprob - b.logprob) for a, b in zip(shared, alone, strict=True))
+        if not largest < 2e-3:
+            different[name] = largest
+    assert not different
+
+
 def test_a_shared_context_is_read_once() -> None:
     context = list(range(40))
     asked = [(context, [1]), (context, [2, 3]), (context, [4, 5, 6])]

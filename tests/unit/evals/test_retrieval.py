@@ -163,7 +163,7 @@ def test_the_whole_way_with_an_oracle(tmp_path: Path, monkeypatch: pytest.Monkey
     assert set(result["depths"]) == {name for name in TASKS if name.startswith("niah")}
 
 
-def test_the_command_goes_on_where_it_was(cli: Cli, tmp_path: Path) -> None:
+def test_the_command_goes_on_where_it_was(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", model={**MODEL, "max_seq_len": 1024})
     words = [f"run={run}", "tasks=[niah_single_1,recall]", "lengths=[700]", "device=cpu", "depths=[0,1]"]
     words.append(f"essays=[{','.join(ESSAYS)}]")
@@ -184,5 +184,8 @@ def test_the_command_goes_on_where_it_was(cli: Cli, tmp_path: Path) -> None:
         assert (run / "retrieval" / name).is_file()
     refused = cli("evaluate", "retrieval", *words, "samples=2", "seed=1")
     assert refused.code == 2 and "seed was 42" in refused.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in cli("evaluate", "retrieval", *words).err
+    monkeypatch.delenv("WORLD_SIZE")
     wrong = cli("evaluate", "retrieval", f"run={run}", "tasks=niah_single")
     assert wrong.code == 2 and "niah_single_1" in wrong.err
