@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from llm.core.errors import UserError
+from llm.core.state import DecodeState, Pages
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
 from llm.generate.prefix import Prefix, fingerprint
+from llm.generate.prefix_cache import why_not
 from llm.generate.sampling import Sampling
 from llm.generate.scheduler import Scheduler
 from llm.models.decoder import DecoderLike
 
+CacheKind = Literal["auto", "contiguous", "paged"]
 StopCheck = Callable[[int, int], bool]
 """(request, token) -> whether the output ends with this token; called once for each token, in order."""
 
@@ -28,6 +32,11 @@ class Engine:
     max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
     that was read before, with which every prompt begins.
+
+    cache: how keys and values are held: contiguous, row by row; paged, in pages of page_size tokens, so that requests
+    join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages that
+    are kept for prompts which begin as others did, and then only read the rest (0: none). `not_shared` says why a model
+    does without; None: it shares.
     """
 
     def __init__(
@@ -41,6 +50,9 @@ class Engine:
         drafter: Drafter | None = None,
         draft_length: DraftLength | None = None,
         prefix: Prefix | None = None,
+        cache: CacheKind = "auto",
+        page_size: int = 16,
+        prefix_cache: int = 0,
     ) -> None:
         self.model = model
         self.drafter, self.draft_length = drafter, draft_length or DraftLength()
@@ -70,6 +82,23 @@ class Engine:
                 )
         weight = next(model.parameters())  # type: ignore[attr-defined]
         self.device, self.dtype = weight.device, weight.dtype
+        self.page_size, self.prefix_cache = page_size, prefix_cache
+        if prefix_cache and cache == "contiguous":
+            raise UserError("prefix_cache shares pages, which cache=contiguous has not; set cache=paged or auto")
+        if prefix_cache and prefix is not None:
+            raise UserError("a saved state and prefix_cache are not used together; leave one of them out")
+        self.not_shared = self._why_not_shared() if prefix_cache else "prefix_cache is 0"
+        self.paged = cache == "paged" or (cache == "auto" and self.not_shared is None)
+
+    def new_state(self, batch: int, pages: Pages | None = None) -> DecodeState:
+        """An empty state for so many requests, its keys and values in `pages`. All have the same capacity: states of
+        one kind can be put together, and what is not needed is not held."""
+        n_tentative = self.draft_length.most + 1 if self.drafter is not None else 0
+        state = self.model.new_state(batch, self.context, n_tentative=n_tentative, dtype=self.dtype, device=self.device)
+        return state if pages is None else pages.of(state)
+
+    def _why_not_shared(self) -> str | None:
+        return why_not(self.new_state(1, Pages(self.page_size)))
 
     def generate(
         self,
