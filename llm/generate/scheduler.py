@@ -14,7 +14,7 @@ from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, PagedKVState, Pages
 from llm.core.states.paged import leaves
 from llm.generate.drafters import Batch, Draft, Drafter
-from llm.generate.events import FinishReason, TokenEvent
+from llm.generate.events import FinishReason, Speculation, TokenEvent
 from llm.generate.prefill import Prefill
 from llm.generate.prefix_cache import Chain, PrefixCache
 from llm.generate.sampling import Sampler, Sampling
@@ -98,6 +98,15 @@ class Scheduler:
         parts = [part for group in groups for part in leaves(group.state) if not isinstance(part, PagedKVState)]
         in_pages = 0 if self.pages is None else self.pages.held_bytes()
         return own + in_pages + sum(part.held_bytes() for part in parts)
+
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of pages kept for later prompts."""
+        return 0 if self.prefix_cache is None else self.prefix_cache.held_bytes()
+
+    @property
+    def speculation(self) -> Speculation:
+        """What came of the engine's drafts."""
+        return self.engine.speculation
 
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kernels.attention.paged import gather_pages, scatter_tokens
+from kernels.paged import gather_pages, scatter_tokens
 from llm.core.states.attention import KVState
 from llm.core.states.base import CompositeState, DecodeState
 from llm.core.states.key_values import KeyValueState
