@@ -17,8 +17,8 @@ keys:
   host=127.0.0.1  port=8000   where to listen; port=0 takes a free port
   name=                    what clients call the model (default: the folder's name)
   max_batch=32             texts that are generated together
-  prefix_cache=0           bytes of keys and values (such as 500M) kept for prompts that begin as others did, and only
-                           read the rest; models whose past is not in keys and values alone do not share
+  prefix_cache=0           bytes (such as 500M) of what was read that are kept for prompts which begin alike, and only
+                           read the rest
   cache=auto               contiguous or paged keys and values; auto takes pages where prefix_cache needs them
   page_size=16             tokens of a page
   max_waiting=256          texts that may wait for a place; beyond that requests get 429
@@ -135,8 +135,8 @@ def main(argv: list[str]) -> int:
         page_size=options.page_size,
         prefix_cache=options.prefix_cache,
     )
-    if options.prefix_cache and engine.not_shared is not None:
-        print(f"serve: prompts are read whole, whatever they begin with: {engine.not_shared}", file=sys.stderr)
+    if engine.saves_states:
+        print(f"serve: what prompts begin with is shared in blocks of {engine.saved_every} tokens", file=sys.stderr)
     worker = Worker(Scheduler(engine), tokenizer.pieces, max_open=options.max_batch + options.max_waiting)
     name = options.name or Path(given.model).resolve().name
     service = Service(worker, tokenizer, load_chat(tokenizer, given.chat_template), name, engine.context, options)

@@ -13,7 +13,7 @@ from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
 from llm.generate.prefix import Prefix, fingerprint
-from llm.generate.prefix_cache import why_not
+from llm.generate.prefix_cache import PAGES_BETWEEN_SAVES, saves_states
 from llm.generate.sampling import Sampling
 from llm.generate.scheduler import Scheduler
 from llm.models.decoder import DecoderLike
@@ -35,8 +35,9 @@ class Engine:
 
     cache: how keys and values are held: contiguous, row by row; paged, in pages of page_size tokens, so that requests
     join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages that
-    are kept for prompts which begin as others did, and then only read the rest (0: none). `not_shared` says why a model
-    does without; None: it shares.
+    and of saved states that are kept for prompts which begin as others did, and then only read the rest (0: none).
+    `saves_states`: the model's past is not in keys and values alone; what else it remembers is saved after every
+    `saved_every` tokens of a prompt, which is then read in chunks of so many, and shared from there.
     """
 
     def __init__(
@@ -87,8 +88,12 @@ class Engine:
             raise UserError("prefix_cache shares pages, which cache=contiguous has not; set cache=paged or auto")
         if prefix_cache and prefix is not None:
             raise UserError("a saved state and prefix_cache are not used together; leave one of them out")
-        self.not_shared = self._why_not_shared() if prefix_cache else "prefix_cache is 0"
-        self.paged = cache == "paged" or (cache == "auto" and self.not_shared is None)
+        self.paged = cache == "paged" or prefix_cache > 0
+        self.saves_states = prefix_cache > 0 and saves_states(self.new_state(1, Pages(page_size)))
+        self.saved_every = page_size
+        if self.saves_states:
+            n_pages = PAGES_BETWEEN_SAVES if prefill_chunk is None else prefill_chunk // page_size
+            self.saved_every = self.prefill_chunk = page_size * max(1, min(PAGES_BETWEEN_SAVES, n_pages))
 
     def new_state(self, batch: int, pages: Pages | None = None) -> DecodeState:
         """An empty state for so many requests, its keys and values in `pages`. All have the same capacity: states of
@@ -96,9 +101,6 @@ class Engine:
         n_tentative = self.draft_length.most + 1 if self.drafter is not None else 0
         state = self.model.new_state(batch, self.context, n_tentative=n_tentative, dtype=self.dtype, device=self.device)
         return state if pages is None else pages.of(state)
-
-    def _why_not_shared(self) -> str | None:
-        return why_not(self.new_state(1, Pages(self.page_size)))
 
     def generate(
         self,

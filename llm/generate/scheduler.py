@@ -38,8 +38,10 @@ class Scheduler:
         self.n_prompt_read = self.n_prompt_reused = 0
         self.pages = Pages(engine.page_size) if engine.paged else None
         self.prefix_cache: PrefixCache | None = None
-        if self.pages is not None and engine.not_shared is None:
-            self.prefix_cache = PrefixCache(self.pages, engine.prefix_cache)
+        if self.pages is not None and engine.prefix_cache:
+            self.prefix_cache = PrefixCache(
+                self.pages, engine.saved_every, engine.prefix_cache, saves=engine.saves_states
+            )
         self._n_submitted = 0
         self._waiting: deque[_Request] = deque()
         self._joining: _Group | None = None
@@ -91,16 +93,17 @@ class Scheduler:
         return sum(not request.ended for request in self._waiting)
 
     def state_bytes(self) -> int:
-        """Bytes of decode state held now, the drafter's and the pages kept for later prompts included."""
+        """Bytes of decode state held now, the drafter's and what is kept for later prompts included."""
         groups = [group for group in (self._joining, self._running) if group is not None]
         drafter = self.engine.drafter
         own = drafter.state_bytes() if drafter is not None and self._running is not None else 0
         parts = [part for group in groups for part in leaves(group.state) if not isinstance(part, PagedKVState)]
         in_pages = 0 if self.pages is None else self.pages.held_bytes()
-        return own + in_pages + sum(part.held_bytes() for part in parts)
+        saved = 0 if self.prefix_cache is None else self.prefix_cache.saved_bytes()
+        return own + in_pages + saved + sum(part.held_bytes() for part in parts)
 
     def prefix_cache_bytes(self) -> int:
-        """Bytes of pages kept for later prompts."""
+        """Bytes of pages and saved states kept for later prompts."""
         return 0 if self.prefix_cache is None else self.prefix_cache.held_bytes()
 
     @property
@@ -120,6 +123,8 @@ class Scheduler:
                 joining, prefill = self._joining, self._joining.prefill
                 assert prefill is not None
                 prefill.read()
+                if self.prefix_cache is not None and self.prefix_cache.saves:
+                    self._remember(joining, range(len(joining.requests)))
                 if prefill.done:
                     self._joining = None
                     events += self._join(joining)
@@ -158,8 +163,8 @@ class Scheduler:
 
     def _remember(self, group: _Group, rows: Iterable[int]) -> None:
         if self.prefix_cache is not None:
-            for row in rows:
-                self.prefix_cache.keep(group.state, row, group.requests[row].tokens)
+            rows = list(rows)
+            self.prefix_cache.keep(group.state, rows, [group.requests[row].tokens for row in rows])
 
     def _admit(self) -> None:
         """Begin to read the prompts of waiting requests, if it is time to."""

@@ -42,19 +42,18 @@ def check(model: Any, *, settings: list[dict[str, Any]]) -> None:
             for event in scheduler.step():
                 found.setdefault(event.request, []).append(event.token)
         assert found == wanted, each
-        shares = engine.prefix_cache > 0 and engine.not_shared is None
-        assert (scheduler.n_prompt_reused > 0) == shares
+        assert (scheduler.n_prompt_reused > 0) == (engine.prefix_cache > 0)
         assert scheduler.n_prompt_read + scheduler.n_prompt_reused == sum(map(len, prompts))
         if scheduler.prefix_cache is not None:
             scheduler.prefix_cache.clear()
         assert scheduler.state_bytes() == 0, "a page is held by nobody"
 
 
-SHARED = {"prefix_cache": 10**6, "max_batch": 3}
+SHARED = {"prefix_cache": 10**6, "max_batch": 3, "prefill_chunk": 4}
 MORE: list[dict[str, Any]] = [
     {"cache": "paged"},
     {"prefix_cache": 10**6, "max_batch": 1, "prefill_chunk": 3},
-    {"prefix_cache": 10**6, "drafter": LookupDrafter(), "draft_length": DraftLength(3)},
+    {"prefix_cache": 10**6, "prefill_chunk": 8, "drafter": LookupDrafter(), "draft_length": DraftLength(3)},
 ]
 
 

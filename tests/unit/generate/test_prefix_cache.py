@@ -119,12 +119,30 @@ def test_cancelled_requests_leave_what_they_read(model: Any) -> None:
     assert counts(scheduler) == (7, 4)
 
 
-def test_what_cannot_be_shared_is_said(model: Any, tmp_path: Any) -> None:
+def test_states_of_other_kinds_are_saved_between_chunks() -> None:
     window = build("window")
-    engine = Engine(window, prefix_cache=1000)
-    assert engine.not_shared is not None and "WindowState" in engine.not_shared and not engine.paged
-    assert Engine(model, prefix_cache=1000).not_shared is None
-    assert Engine(model).not_shared == "prefix_cache is 0" and not Engine(model).paged
+    scheduler = scheduler_of(window, prefill_chunk=9)
+    assert (scheduler.engine.saves_states, scheduler.engine.saved_every, scheduler.engine.prefill_chunk) == (True, 8, 8)
+    prompts = [[*SYSTEM, *SYSTEM, token] for token in range(3)]
+    wanted = [completion.tokens for completion in Engine(window).generate(prompts, GREEDY)]
+    found: dict[int, list[int]] = {}
+    for prompt in prompts:
+        scheduler.submit(prompt, GREEDY)
+    while scheduler.n_running or scheduler.n_waiting:
+        for event in scheduler.step():
+            found.setdefault(event.request, []).append(event.token)
+    assert [found[number] for number in range(3)] == wanted
+    assert counts(scheduler) == (21 + 2 * 5, 2 * 16)
+    cache = scheduler.prefix_cache
+    assert cache is not None and scheduler.state_bytes() == cache.held_bytes() == cache.saved_bytes() > 0
+    one = cache.held_bytes() // 2
+    small = scheduler_of(window, prefill_chunk=8, prefix_cache=one)
+    run(small, [*SYSTEM, *SYSTEM, 1], [*SYSTEM, *SYSTEM, 2])
+    assert counts(small) == (21 + 13, 8) and small.state_bytes() == one
+    assert Engine(window, prefix_cache=1000, page_size=16).saved_every == 256
+
+
+def test_settings_that_do_not_go_together(model: Any, tmp_path: Any) -> None:
     with pytest.raises(UserError, match="cache=contiguous has not"):
         Engine(model, cache="contiguous", prefix_cache=1000)
     engine = Engine(model)
