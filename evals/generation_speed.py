@@ -37,8 +37,8 @@ class GenerateBenchConfig(Config):
     pieces of prompt_tokens tokens are cut at even distances. batch: prompts at once. new_tokens: of each prompt.
     rounds: times that all implementations take turns after one that is not counted; the median is told.
 
-    peer: transformers' `generate` on the exported model. drafters: as `generate --speculate` takes them, each with
-    every one of draft_tokens.
+    compile: also with the step compiled. peer: transformers' `generate` on the exported model. drafters: as `generate
+    --speculate` takes them, each with every one of draft_tokens.
     """
 
     run: str
@@ -48,6 +48,7 @@ class GenerateBenchConfig(Config):
     new_tokens: int = Field(128, ge=2)
     batch: Annotated[list[int], BeforeValidator(_as_list)] = Field([1], min_length=1)
     rounds: int = Field(3, ge=1)
+    compile: bool = False
     peer: Literal["none", "transformers"] = "none"
     drafters: Annotated[list[str], BeforeValidator(_as_list)] = []
     draft_tokens: Annotated[list[str | int], BeforeValidator(_as_list)] = [4]
@@ -71,6 +72,8 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
         peer = _peer(loaded, Path(folder), config.new_tokens) if config.peer == "transformers" else None
         for batch in config.batch:
             engines = {"plain": Engine(loaded.model, max_batch=batch)}
+            if config.compile:
+                engines["compiled"] = Engine(loaded.model, max_batch=batch, compile=True)
             for name in config.drafters:
                 for n in config.draft_tokens:
                     drafter = make_drafter(name, loaded.model, loaded.tokenizer, device=device)
@@ -81,7 +84,7 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
                 runs["transformers"] = peer
             found = take_turns(runs, prompts, batch, config.rounds)
             for name, (seconds, outputs) in found.items():
-                yield _record(config, batch, name, seconds, outputs, found["plain"], engines.get(name), device)
+                yield _record(config, batch, name, seconds, outputs, found, engines.get(name), device)
 
 
 def cut_prompts(config: GenerateBenchConfig, loaded: Loaded) -> Prompts:
@@ -155,10 +158,11 @@ def _record(
     name: str,
     seconds: Sequence[float],
     outputs: list[list[int]],
-    plain: tuple[list[float], list[list[int]]],
+    found: dict[str, tuple[list[float], list[list[int]]]],
     engine: Engine | None,
     device: torch.device,
 ) -> dict[str, Any]:
+    plain = found["plain"]
     n_tokens = sum(len(tokens) for tokens in outputs)
     median = statistics.median(seconds)
     record: dict[str, Any] = {
@@ -174,6 +178,8 @@ def _record(
             sum(a == b for mine, other in zip(outputs, plain[1]) for a, b in zip(mine, other)) / n_tokens, 4
         ),
     }
+    if "transformers" in found:
+        record["times_transformers"] = round(statistics.median(found["transformers"][0]) / median, 3)
     if engine is not None and engine.drafter is not None:
         record["acceptance"] = round(engine.speculation.acceptance, 4)
         record["tokens_per_forward"] = round(engine.speculation.tokens_per_forward, 3)

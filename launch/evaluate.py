@@ -1,4 +1,7 @@
 """usage: python launch/evaluate.py RUN [DATA ...] [--compressors] [key=value ...]
+       python launch/evaluate.py babilong [CONFIG.yaml] run=RUN [key=value ...]
+       python launch/evaluate.py harness run=RUN tasks=[...] [key=value ...]
+       python launch/evaluate.py retrieval run=RUN [key=value ...]
 
 Loss, perplexity, bits per token and bits per byte of a trained model. RUN is a run folder, one of its checkpoints, or a
 folder of a Hugging Face model. DATA is a folder of prepared data (its held-out split) or UTF-8 text files, each a
@@ -22,10 +25,52 @@ keys:
   out=                where to write the JSON (default: in the run's folder; not for a Hugging Face model)
   num_threads=        CPU threads
 
+babilong: questions about facts that are scattered in other text (docs/babilong.md). One line per sample in
+samples.jsonl, to which the same command adds what is missing; summary.json, table.md, heat maps and report.html beside
+it; the summary as one JSON line on stdout. A folder never takes results of other conditions. Its keys:
+  run=                RUN as above
+  tasks=[qa1,...,qa5] of qa1 to qa20
+  lengths=[0k,1k,2k,4k]  tokens; 0k: the facts alone
+  form=prompt         prompt (answered in words) or finetuned (context, question, GEN, answer, end of text)
+  samples=100         per task, length and window
+  seed=0  facts=      folder of real bAbI files (default: simulated facts)
+  windows=1           depth windows: each puts the facts into its own part of the text
+  reserve=            tokens of a length left to what is not context (default: 300 for prompts, 20 fine-tuned)
+  background.source.type=stdlib  or text with 'background.source.paths=[books/]'; background.max_bytes, min_tokens,
+                      max_tokens, filter
+  prompts.file=       official texts (prompts.py or JSON); prompts.instruction, examples, post_prompt=true,
+                      prompts.answer_prefix
+  batch=8  chunk=1024 samples that run together, tokens that are read at once
+  precision= device= tokenizer= num_threads=  as above
+  out=                folder of results (default: RUN/babilong)
+harness: tasks of lm-evaluation-harness (docs/evaluation.md), results in RUN/harness. Its keys:
+  run= tasks=         RUN as above; names of tasks
+  include_path=       folder of YAML tasks of your own
+  limit= num_fewshot= gen_kwargs={}  as of lm-eval
+  offline=false       whether fetching anything is refused
+  max_length=         most tokens of a text (default: the model's max_seq_len)
+  batch_size=auto     requests that run together; auto: as many as batch_tokens=16384 allows
+  chunk=1024          tokens of contexts that are read at once
+  add_bos_token=false begin each context as a document
+  seed=0 precision=fp32 device=auto tokenizer= num_threads= out=
+
+retrieval: needles, variable tracking, common words and recall in long prompts (docs/evaluation.md), results in
+RUN/retrieval; the same command adds what is missing there. Its keys:
+  run=                RUN as above
+  tasks=              niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, variable_tracking,
+                      common_words, recall (default: all)
+  lengths=[4096]      tokens of prompt and answer
+  samples=100 seed=42 of each task and length
+  depths=             where the first needle stands, in turn, 0 to 1 (default: drawn)
+  essays=             UTF-8 texts as background (default: the standard library's docstrings)
+  batch=8 chunk=1024  samples that run together, tokens that are read at once
+  precision=fp32 device=auto tokenizer= num_threads= out=
+
 examples:
   python launch/evaluate.py runs/quickstart --compressors
   python launch/evaluate.py runs/quickstart my/file.txt stride=full precision=fp32
   python launch/evaluate.py runs/nested slice=[1/8,1/4,1/4,1]
+  python launch/evaluate.py babilong run=runs/quickstart tasks=[qa1,qa2] lengths=[0k,1k] samples=20
 """
 
 from __future__ import annotations
@@ -67,6 +112,9 @@ class EvaluateOptions(SliceOptions):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
+    if argv[:1] and argv[0] in BENCHMARKS:
+        print(json.dumps(BENCHMARKS[argv[0]](argv[1:])))
+        return
     parser = Parser(prog="evaluate")
     parser.add_argument("--compressors", action="store_true")
     parser.add_argument("words", nargs="*")
@@ -81,6 +129,35 @@ def main(argv: list[str]) -> None:
     result = evaluate(Path(paths[0]), paths[1:], options, compressors=given.compressors)
     print(json.dumps(result))
     sys.stdout.flush()
+
+
+def babilong(argv: list[str]) -> dict[str, Any]:
+    """BABILong."""
+    from evals.babilong.options import BabilongOptions
+    from evals.babilong.run import run
+
+    return run(load_config(BabilongOptions, argv))
+
+
+def harness(argv: list[str]) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness."""
+    from evals.harness.run import HarnessOptions, run_harness
+
+    return run_harness(load_config(HarnessOptions, argv))
+
+
+def retrieval(argv: list[str]) -> dict[str, Any]:
+    """Retrieval from long prompts."""
+    from evals.retrieval.options import RetrievalOptions
+    from evals.retrieval.run import run_retrieval
+
+    return run_retrieval(load_config(RetrievalOptions, argv))
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "babilong": babilong, "harness": harness, "retrieval": retrieval,
+}  # fmt: skip
+"""By the command's first word; a run folder of that name is given as ./NAME."""
 
 
 def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compressors: bool = False) -> dict[str, Any]:
@@ -102,11 +179,10 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     paths = data or data_folders(tree)[:1]
     if not paths:
         raise UserError(f"{path} names no data of its own; give a folder of prepared data or text files as DATA")
-    context = options.context or model.config.max_seq_len
-    if context > (model.config.max_context or context):
-        raise UserError(
-            f"context={context} is longer than the model's position table of {model.config.max_seq_len}; lower it"
-        )
+    longest = model.config.max_context or max(options.context or 0, model.config.max_seq_len)
+    context = options.context or min(longest, model.config.max_seq_len)
+    if context > longest:
+        raise UserError(f"context={context} is more than the {longest} tokens that the model can read; lower it")
     if isinstance(options.stride, int) and not 1 <= options.stride <= context:
         raise UserError(
             f"stride={options.stride} must lie between 1 and the window length {context}, else tokens would be left out"

@@ -36,6 +36,7 @@ keys:
   context=                most tokens of prompt and output (default: the model's max_seq_len)
   max_batch=32            prompts that run together
   tokenizer=              folder of the tokenizer, if it does not lie with the model
+  compile=false           compile the step of plain decoding, about twice as fast on a CPU after some seconds
   compare=true            with --speculate: generate once more without, and tell the speed-up
   num_threads=            CPU threads (default: one for small models, where more cost time)
 
@@ -111,6 +112,7 @@ class GenerateOptions(Sampling, SliceOptions):
     context: int | None = Field(None, ge=2)
     max_batch: int = Field(32, ge=1)
     tokenizer: str | None = None
+    compile: bool = False
     compare: bool = True
     num_threads: int | None = Field(None, ge=1)
 
@@ -184,6 +186,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"stream=true prints one continuation as text; given: {len(repeated)} continuations, jsonl={options.jsonl}"
         )
+    if options.compile and given.speculate is not None:
+        raise UserError("compile=true is for plain decoding and has no effect with --speculate; remove one of them")
     if given.draft_tokens is not None and given.speculate is None:
         raise UserError("--draft-tokens has no effect without --speculate; add one, or remove it")
     drafter: Drafter | None = None
@@ -199,6 +203,7 @@ def main(argv: list[str]) -> None:
             drafter=drafter,
             draft_length=make_draft_length(given.draft_tokens or "4"),
             prefix=prefix,
+            compile=options.compile,
         )
 
     engine = new_engine(drafter)

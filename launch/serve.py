@@ -34,6 +34,7 @@ keys:
   device=auto              auto, cpu or cuda
   context=                 most tokens of prompt and output (default: the model's max_seq_len)
   tokenizer=               folder of the tokenizer, if it does not lie with the model
+  compile=false            compile the decoding step before the first answers, which takes some seconds
   num_threads=             CPU threads (default: one for small models)
 
 examples:
@@ -78,6 +79,7 @@ class ServeOptions(Limits, SliceOptions):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
+    compile: bool = False
     num_threads: int | None = Field(None, ge=1)
 
 
@@ -131,12 +133,15 @@ def main(argv: list[str]) -> int:
         context=options.context,
         drafter=drafter,
         draft_length=make_draft_length(given.draft_tokens or "4"),
+        compile=options.compile,
         cache=options.cache,
         page_size=options.page_size,
         prefix_cache=options.prefix_cache,
     )
     if engine.saves_states:
         print(f"serve: what prompts begin with is shared in blocks of {engine.saved_every} tokens", file=sys.stderr)
+    if options.compile:
+        engine.warm_up()
     worker = Worker(Scheduler(engine), tokenizer.pieces, max_open=options.max_batch + options.max_waiting)
     name = options.name or Path(given.model).resolve().name
     service = Service(worker, tokenizer, load_chat(tokenizer, given.chat_template), name, engine.context, options)

@@ -28,24 +28,18 @@ class CpuRMSNorm:
 
     def run(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """y [..., D]."""
-        if not torch.is_grad_enabled():
-            return _normed(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
         return _RMSNorm.apply(x, weight, eps)
-
-
-def _normed(rows: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(y [N, D], 1 / sqrt(mean(x^2) + eps) [N, 1])."""
-    inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
-    out = rows * inverse
-    return (out if weight is None else out.mul_(weight)), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # type: ignore[override]
         rows = x.reshape(-1, x.shape[-1])
-        out, inverse = _normed(rows, weight, eps)
+        inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(rows, inverse, weight)
+        out = rows * inverse
+        if weight is not None:
+            out.mul_(weight)
         return out.view(x.shape)
 
     @staticmethod

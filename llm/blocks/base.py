@@ -193,6 +193,10 @@ class MixerConfig(Tagged):
         """What it costs; equal to the built module."""
         raise NotImplementedError
 
+    def longest(self, max_seq_len: int) -> int | None:
+        """Most tokens of a sequence that it can read in a model of max_seq_len; None: any number."""
+        return None
+
 
 class ChannelConfig(Tagged):
     """Config of a channel mixer."""

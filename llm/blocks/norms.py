@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -82,9 +84,14 @@ class LayerNormConfig(NormConfig):
     affine: bool = True
     bias: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bias_goes_with_the_weight(cls, value: Any) -> Any:
+        return {"bias": False} | value if isinstance(value, dict) and value.get("affine") is False else value
+
     @model_validator(mode="after")
     def _no_dead_keys(self) -> LayerNormConfig:
-        if not self.affine and self.bias and "bias" in self.model_fields_set:
+        if not self.affine and self.bias:
             raise UserError("layer_norm: bias has no effect with affine: false; remove it or set affine: true")
         return self
 

@@ -192,8 +192,8 @@ class ModelDrafter:
         most = self.model.config.max_context
         if most is not None and n_tokens > most:
             raise UserError(
-                f"{self.name} has a position table of {most} tokens, too short to draft for a prompt and output of "
-                f"{n_tokens}; lower max_new_tokens or the context, or use another drafter"
+                f"{self.name} can read {most} tokens, too few to draft for a prompt and output of {n_tokens}; "
+                "lower max_new_tokens or the context, or use another drafter"
             )
 
     def start(self, batch: Batch, pending: Tensor) -> None:

@@ -9,9 +9,11 @@ from typing import Literal
 
 from llm.core.errors import UserError
 from llm.core.state import DecodeState, Pages
+from llm.generate.decode_step import CompiledStep, Step, read_one
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
+from llm.generate.prefill import Prompt, PromptStream
 from llm.generate.prefix import Prefix, fingerprint
 from llm.generate.prefix_cache import PAGES_BETWEEN_SAVES, saves_states
 from llm.generate.sampling import Sampling
@@ -29,13 +31,14 @@ class Engine:
     eos_id: token that ends a text (None: there is none). max_batch: requests that run together; waiting ones take the
     places of those that end, when all of them find one or a quarter is free. prefill_chunk: tokens
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
-    max_seq_len; more than that only where its position encoding allows it). drafter: speculative decoding, whose
+    max_seq_len; more than that only where its parts allow it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
-    that was read before, with which every prompt begins.
+    that was read before, with which every prompt begins. compile: the step of plain decoding is compiled at first use,
+    which takes some seconds.
 
     cache: how keys and values are held: contiguous, row by row; paged, in pages of page_size tokens, so that requests
-    join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages that
-    and of saved states that are kept for prompts which begin as others did, and then only read the rest (0: none).
+    join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages and
+    of saved states that are kept for prompts which begin as others did, and then only read the rest (0: none).
     `saves_states`: the model's past is not in keys and values alone; what else it remembers is saved after every
     `saved_every` tokens of a prompt, which is then read in chunks of so many, and shared from there.
     """
@@ -51,14 +54,18 @@ class Engine:
         drafter: Drafter | None = None,
         draft_length: DraftLength | None = None,
         prefix: Prefix | None = None,
+        compile: bool = False,
         cache: CacheKind = "auto",
         page_size: int = 16,
         prefix_cache: int = 0,
     ) -> None:
         self.model = model
+        self.step: Step = CompiledStep(model) if compile else partial(read_one, model)
         self.drafter, self.draft_length = drafter, draft_length or DraftLength()
         self.speculation = Speculation()
         self.prefix = prefix
+        if drafter is not None and compile:
+            raise UserError("compile is for plain decoding, a drafter was given too; leave one of them out")
         if drafter is not None and drafter.vocab_size not in (None, model.config.required_vocab_size()):
             raise UserError(
                 f"{drafter.name} drafts with a vocabulary of {drafter.vocab_size}, the model has "
@@ -67,12 +74,10 @@ class Engine:
         self.eos_id = eos_id
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        self.context = context or model.config.max_seq_len
-        if self.context > (model.config.max_context or self.context):
-            raise UserError(
-                f"context={context} is longer than the model's position table of {model.config.max_seq_len} tokens; "
-                "lower it"
-            )
+        longest = model.config.max_context or max(context or 0, model.config.max_seq_len)
+        self.context = context or min(longest, model.config.max_seq_len)
+        if self.context > longest:
+            raise UserError(f"context={context} is more than the {longest} tokens that the model can read; lower it")
         if prefix is not None:
             if prefix.model != fingerprint(model):
                 raise UserError("the saved state comes from another model, or from other weights of it; save it anew")
@@ -89,6 +94,8 @@ class Engine:
         if prefix_cache and prefix is not None:
             raise UserError("a saved state and prefix_cache are not used together; leave one of them out")
         self.paged = cache == "paged" or prefix_cache > 0
+        if compile and self.paged:
+            raise UserError("compile is for contiguous caches; leave it out, or prefix_cache and cache=paged")
         self.saves_states = prefix_cache > 0 and saves_states(self.new_state(1, Pages(page_size)))
         self.saved_every = page_size
         if self.saves_states:
@@ -104,7 +111,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling],
         *,
         stop: StopCheck | None = None,
@@ -120,7 +127,7 @@ class Engine:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling],
         *,
         stop: StopCheck | None = None,
@@ -143,12 +150,20 @@ class Engine:
             for event in scheduler.step():
                 yield replace(event, request=requests[event.request])
 
-    def check(self, prompt: Sequence[int], name: str) -> None:
+    def warm_up(self) -> None:
+        """Compile what the first answers need: the step of one row, and of several."""
+        for n in {1, min(3, self.max_batch)}:
+            self.generate([[0]] * n, Sampling(temperature=0, max_new_tokens=3, ignore_eos=True))
+
+    def check(self, prompt: Prompt, name: str) -> None:
         """UserError, in which the prompt has this name, when it cannot be continued."""
         vocab = self.model.config.required_vocab_size()
-        if not prompt:
+        if not len(prompt):
             raise UserError(f"{name} has no tokens; give at least one")
-        if min(prompt) < 0 or max(prompt) >= vocab:
+        if isinstance(prompt, PromptStream):
+            if self.prefix is not None or self.drafter is not None:
+                raise UserError("a prompt that is streamed goes with neither a saved state nor speculative decoding")
+        elif min(prompt) < 0 or max(prompt) >= vocab:
             raise UserError(
                 f"{name} holds token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; "
                 f"the model's ids are 0 to {vocab - 1}: is this the tokenizer that the model was trained with?"
@@ -158,5 +173,5 @@ class Engine:
                 f"{name} has {len(prompt)} tokens and the model's context is {self.context}, which leaves no "
                 f"room for new ones; shorten it to at most {self.context - 1} tokens"
             )
-        if self.prefix is not None:
+        if self.prefix is not None and not isinstance(prompt, PromptStream):
             self.prefix.check(prompt, name)

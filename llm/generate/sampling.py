@@ -108,7 +108,7 @@ class Sampler:
         if prompts is not None and any(s.repetition_penalty != 1 for s in samplings):
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
-                self.seen[row, torch.as_tensor(list(prompt), device=device)] = True
+                self.seen[row, torch.as_tensor(list(prompt), dtype=torch.int64, device=device)] = True
         self._regroup()
 
     def _regroup(self) -> None:

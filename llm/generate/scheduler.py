@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, PagedKVState, Pages
 from llm.core.states.paged import leaves
 from llm.generate.drafters import Batch, Draft, Drafter
 from llm.generate.events import FinishReason, Speculation, TokenEvent
-from llm.generate.prefill import Prefill
+from llm.generate.prefill import Prefill, Prompt, PromptStream
 from llm.generate.prefix_cache import Chain, PrefixCache
 from llm.generate.sampling import Sampler, Sampling
 
@@ -50,7 +51,7 @@ class Scheduler:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         *,
         stop: Callable[[int], bool] | None = None,
@@ -65,6 +66,10 @@ class Scheduler:
         """
         engine = self.engine
         engine.check(prompt, "the prompt")
+        if isinstance(prompt, PromptStream) and sampling.repetition_penalty != 1:
+            raise UserError("a prompt that is streamed goes with no repetition_penalty, for which it must be held")
+        if isinstance(prompt, PromptStream) and engine.prefix_cache:
+            raise UserError("a prompt that is streamed goes with no prefix_cache, for which it must be held")
         request = _Request(self._n_submitted, prompt, sampling, engine.context, stop, n_logprobs)
         if engine.drafter is not None:
             engine.drafter.check(len(prompt) + request.limit)
@@ -199,8 +204,8 @@ class Scheduler:
         later: deque[_Request] = deque()
         being_read = set()
         for request in self._waiting:
-            chain = cache.find(request.prompt) if len(requests) < n else []
-            missing = cache.missing(request.prompt, chain)
+            chain = cache.find(_held(request)) if len(requests) < n else []
+            missing = cache.missing(_held(request), chain)
             if len(requests) == n or missing in being_read:
                 later.append(request)
                 continue
@@ -224,7 +229,7 @@ class Scheduler:
                 return events
             fresh.keep(rows)
         if engine.drafter is not None:
-            prompts, samplings = [r.prompt for r in fresh.requests], [r.sampling for r in fresh.requests]
+            prompts, samplings = list(map(_held, fresh.requests)), [r.sampling for r in fresh.requests]
             batch = Batch(prompts, samplings, engine.context, engine.draft_length.most)
             add = engine.drafter.start if self._running is None else engine.drafter.extend
             add(batch, fresh.pending)
@@ -242,8 +247,7 @@ class Scheduler:
         engine = self.engine
         if engine.drafter is not None:
             return self._speculate(engine.drafter, group)
-        seq = SeqInfo(positions=group.state.end()[:, None])
-        logits = engine.model.head(engine.model(group.pending[:, None], seq, state=group.state).hidden[:, -1])
+        logits = engine.step(group.pending, group.state)
         group.pending = group.sampler(logits)
         return group.say(group.pending[:, None], [0] * len(group.requests), logits[:, None], engine.eos_id)
 
@@ -281,14 +285,14 @@ class _Request:
     def __init__(
         self,
         number: int,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         context: int,
         stop: Callable[[int], bool] | None,
         n_logprobs: int | None,
     ) -> None:
         self.number, self.prompt, self.sampling = number, prompt, sampling
-        self.tokens = list(prompt)
+        self.tokens = list(_held(self))
         self.stop, self.n_logprobs = stop, n_logprobs
         self.limit = min(sampling.max_new_tokens, context - len(prompt))
         self.n_made = 0
@@ -316,7 +320,9 @@ class _Group:
         self.model = engine.model
         prompts = [request.prompt for request in requests]
         vocab_size = engine.model.config.required_vocab_size()
-        self.sampler = Sampler([request.sampling for request in requests], prompts, vocab_size, engine.device)
+        self.sampler = Sampler(
+            [request.sampling for request in requests], list(map(_held, requests)), vocab_size, engine.device
+        )
         self.prefill: Prefill | None = Prefill(engine.model, prompts, self.state, engine.prefill_chunk, starts)
         self.pending = torch.zeros(len(requests), dtype=torch.int64, device=engine.device)
 
@@ -337,11 +343,12 @@ class _Group:
         """Go on with these rows only, of which there is at least one."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.pending.device)
         self.requests = [self.requests[row] for row in rows]
-        self.state.reorder(index)
         self.sampler.keep(rows)
         self.pending = self.pending[index]
         if self.prefill is not None:
             self.prefill.keep(rows)
+        else:
+            self.state.reorder(index)
 
     def extend(self, other: _Group) -> None:
         """Go on with the requests of another group too."""
@@ -370,6 +377,11 @@ class _Group:
                 if request.ended:
                     break
         return events
+
+
+def _held(request: _Request) -> Sequence[int]:
+    """The prompt's tokens; none of a stream, for which nothing is asked that needs them."""
+    return () if isinstance(request.prompt, PromptStream) else request.prompt
 
 
 def _log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:

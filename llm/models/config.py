@@ -119,9 +119,14 @@ class ModelConfig(Config):
 
     @property
     def max_context(self) -> int | None:
-        """Longest sequence for which there are positions: max_seq_len where they are learned; None: any."""
-        bounded = self.position.type == "learned" and not any(w.restarts_positions() for w in self.wrappers)
-        return self.max_seq_len if bounded else None
+        """Longest sequence that all parts can read: max_seq_len where positions are learned; None: any."""
+        if any(wrapper.restarts_positions() for wrapper in self.wrappers):
+            return None
+        blocks = self.blocks()
+        limits = [block.mixer.longest(self.max_seq_len) for block in blocks if block.mixer is not None]
+        if "learned" in (self.position.type, *(block.position.type for block in blocks if block.position)):
+            limits.append(self.max_seq_len)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def context(self, layer: int, block: BlockConfig | None = None) -> BuildCtx:
         """What the block at `layer` may know."""

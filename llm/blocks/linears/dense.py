@@ -94,10 +94,18 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor | None:
 
 def let_join(model: nn.Module) -> None:
     """For inference: layers that are applied together may put their weights into one tensor when they first are, which
-    saves copying them at every step. Names, values and in-place changes of the parameters stay as they are."""
+    saves copying them at every step; on a CPU all weights lie input by input, which a product with few rows reads up to
+    twice as fast. Names, values and in-place changes of the parameters stay as they are."""
     for module in model.modules():
         if type(module) is DenseLinear:
             module.may_join = module.joined is None
+            if module.weight.device.type == "cpu" and not hasattr(module.weight, "device_mesh"):
+                module.weight.data = _by_input(module.weight.data)
+
+
+def _by_input(weight: Tensor) -> Tensor:
+    """The same values [d_out, d_in] in another place, those of one input beside one another."""
+    return weight.t().contiguous().t()
 
 
 def _joined_weight(linears: Sequence[DenseLinear]) -> Tensor:
@@ -108,6 +116,8 @@ def _joined_weight(linears: Sequence[DenseLinear]) -> Tensor:
         if torch.compiler.is_compiling() or joined.data_ptr() == first.weight.data_ptr():
             return joined
     weight = torch.cat([linear.weight for linear in linears])
+    if weight.device.type == "cpu" and first.may_join:
+        weight = _by_input(weight)
     if all(linear.may_join for linear in linears) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         sizes = [linear.weight.shape[0] for linear in linears]
         for linear, rows in zip(linears, weight.split(sizes), strict=True):

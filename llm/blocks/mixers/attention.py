@@ -278,7 +278,7 @@ class Attention(TokenMixer):
         k, v = self._after_persistent(k.to(q.dtype), v.to(q.dtype))
         implementation = self.implementation(x.device, q.dtype, "positions")
         # All layers have seen the same tokens, so their states of one kind and size hold them at the same places.
-        key = f"{self.key}/{type(state).__name__}/{positions.shape[1]}/{q.dtype}"
+        key = f"{self.key}/{state.arrangement}/{q.dtype}"
         prepared = seq.derived.get(key)
         if prepared is None:
             full = isinstance(state, KeyValueState) and seq.valid is None and state.full(x.shape[1])

@@ -43,6 +43,9 @@ class GLUTokenMixingConfig(MixerConfig):
     def build(self, ctx: BuildCtx) -> TokenMixer:
         return GLUTokenMixing(self, ctx)
 
+    def longest(self, max_seq_len: int) -> int:
+        return self.max_positions or max_seq_len
+
     def cost(self, dims: Dims, seq_len: int, mode: Mode) -> Cost:
         n = self.max_positions or dims.max_seq_len
         params = 3 * (n * (n + 1) // 2 + n)

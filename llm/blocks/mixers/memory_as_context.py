@@ -225,7 +225,8 @@ class MemoryAsContext(TokenMixer):
             if self.slopes is not None:
                 slopes = torch.tensor(self.slopes, dtype=dtype, device=q.device)
                 own = own - slopes[:, None, None] * distance[:, None]
-            scores.append(own.masked_fill(~seen[:, None], -torch.inf))
+            # Finite, as padding sees nothing, and its infinities would reach the memory.
+            scores.append(own.masked_fill(~seen[:, None], torch.finfo(dtype).min))
         values = [*keys.v.to(q.dtype).split(h, dim=2)]
         if self.persistent is not None:
             k, v = (y.unflatten(-1, (h, -1)) for y in project(self.persistent.to(q.dtype), self.k, self.v))

@@ -96,7 +96,7 @@ class LSHState(KVState):
         rows, slots, keep, _ = self._places(k.shape[1], self._counts(k.shape[1], counts))
         self.buckets[rows, slots] = (buckets if keep is None else buckets[keep]).to(torch.int32)
         keys, values, positions = self.append(k, v, counts)
-        return keys, values, self.buckets[:, : self.extent], positions
+        return keys, values, self.buckets[:, : keys.shape[1]], positions
 
     def _rows(self) -> dict[str, Tensor]:
         return super()._rows() | {"buckets": self.buckets}

@@ -51,6 +51,9 @@ class SimplifiedLinearAttentionConfig(MixerConfig):
     def build(self, ctx: BuildCtx) -> TokenMixer:
         return SimplifiedLinearAttention(self, ctx)
 
+    def longest(self, max_seq_len: int) -> int | None:
+        return max_seq_len if self.key_positions else None
+
     def cost(self, dims: Dims, seq_len: int, mode: Mode) -> Cost:
         d_head = head_width(self.type, dims.d_model, self.n_heads, self.d_head)
         inner = self.n_heads * d_head

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llm.core.compat import mark_any_length
 from llm.core.states.base import DecodeState, fetch, own_copy, spread, take_along
 from llm.core.states.key_values import KeyValueState
 
 LEAST_SLOTS = 64
 """Fewer are not worth making anew."""
+
+READ_TOGETHER = 64
+"""Compiled code reads slots in multiples of this number."""
 
 
 class KVState(KeyValueState):
@@ -33,6 +37,9 @@ class KVState(KeyValueState):
         device: torch.device | str,
     ) -> None:
         super().__init__(batch, capacity, device=device)
+        self.reserved: Tensor | None = (
+            None  # slots that compiled code reads: a size it knows from a tensor, not a number
+        )
         self.k = torch.zeros(batch, 0, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, 0, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
@@ -46,6 +53,11 @@ class KVState(KeyValueState):
         self.v[rows, slots] = (v if keep is None else v[keep]).to(self.v.dtype)
         self.advance(real)
         self.extent = extent
+
+    def _seen_places(self) -> Tensor:
+        if torch.compiler.is_compiling() and self.reserved is not None:
+            return self.reserved
+        return super()._seen_places()
 
     def _append_to_one(self, k: Tensor, v: Tensor) -> None:
         """The same for a state of one row on a CPU, where looking at its length costs nothing."""
@@ -79,10 +91,19 @@ class KVState(KeyValueState):
         return min(self.capacity, max(LEAST_SLOTS, 1 << (n - 1).bit_length())) if n else 0
 
     def _make_slots(self, n: int) -> None:
-        missing = self._n_slots(n) - self.k.shape[1]
         if n > self.k.shape[1]:
+            missing = self._n_slots(n) - self.k.shape[1]
             for name, tensor in self._rows().items():
                 self._set_row(name, torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1))
+
+    def reserve(self, n_new: int) -> None:
+        needed = self.extent + n_new
+        n = min(-(-needed // READ_TOGETHER) * READ_TOGETHER, self.capacity)
+        # One slot more: two sizes that are equal by chance would be compiled for as equal ones.
+        self._make_slots(min(n + 1, self.capacity))
+        if self.reserved is None or self.reserved.shape[0] != n:
+            self.reserved = torch.arange(n, device=self.k.device)
+            mark_any_length(self.reserved)
 
     def commit(self, accepted: Tensor) -> None:
         super().commit(accepted)
@@ -151,6 +172,7 @@ class WindowState(DecodeState):
         self.n_sinks = n_sinks
         self.ring = window + n_tentative
         slots = n_sinks + self.ring
+        self.arrangement = f"{n_sinks} and a ring of {self.ring}"
         self.k = torch.zeros(batch, slots, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, slots, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 

@@ -73,6 +73,9 @@ class DecodeState:
             fits = bool((self.written <= self.n_tentative).all())
             assert fits, f"{self.written.tolist()} tokens written in a transaction of {self.n_tentative}"
 
+    def reserve(self, n_new: int) -> None:
+        """Make room for n_new more tokens of each row, so that compiled code which writes them need not."""
+
     def reorder(self, index: Tensor) -> None:
         """Row b becomes a copy of old row index[b] ([B'] int64); also grows or shrinks the batch, also when open."""
         self.length = self.length[index]
@@ -194,6 +197,10 @@ class CompositeState(DecodeState):
     def advance(self, counts: Tensor) -> None:
         for part in self.parts.values():
             part.advance(counts)
+
+    def reserve(self, n_new: int) -> None:
+        for part in self.parts.values():
+            part.reserve(n_new)
 
     def reorder(self, index: Tensor) -> None:
         for part in self.parts.values():

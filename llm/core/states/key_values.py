@@ -16,11 +16,13 @@ class KeyValueState(DecodeState):
     """Append-only keys and values. Rolling back only moves the length.
 
     capacity: most tokens of a row, tentative ones included. extent: host bound on max(end()), what must be read.
+    arrangement: states of which it is the same, and that have read the same, give it at the same places.
     """
 
     def __init__(self, batch: int, capacity: int, *, device: torch.device | str) -> None:
         super().__init__(batch, device=device)
         self.capacity = capacity
+        self.arrangement = f"all of {capacity}"
         self.extent = 0
 
     @property
@@ -35,7 +37,9 @@ class KeyValueState(DecodeState):
         see the entries with 0 <= position <= p.
         """
         self._write(k, v, counts)
-        return *self.read(), torch.arange(self.extent, device=k.device).expand(self.batch, -1)
+        places = self._seen_places()
+        seen = self._contents(places.shape[0])
+        return seen["k"], seen["v"], places.expand(self.batch, -1)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(k, v) [B, extent, Hkv, D]; what stands behind a row's end means nothing, but is finite."""
@@ -71,6 +75,10 @@ class KeyValueState(DecodeState):
             shape = (self.extent if stored is None else stored.shape[1], *tensor.shape[2:])
             contents[name] = fetch(tensors, name, shape)[:, : self.extent].to(tensor)
         self._refill(contents)
+
+    def _seen_places(self) -> Tensor:
+        """[S] positions of what `append` gives."""
+        return torch.arange(self.extent, device=self.length.device)
 
     def _token_bytes(self) -> int:
         """Of one token of one row."""

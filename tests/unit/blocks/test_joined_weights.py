@@ -73,6 +73,8 @@ def test_overlapping_groups_and_files(tmp_path: Path) -> None:
     let_join(layers)
     project(x, *layers[1:])
     torch.testing.assert_close(list(project(x, *layers)), [layer(x) for layer in layers])
-    save_file(layers.state_dict(), tmp_path / "weights.safetensors")
+    save_file(
+        {name: weight.contiguous() for name, weight in layers.state_dict().items()}, tmp_path / "weights.safetensors"
+    )
     for name, tensor in load_file(tmp_path / "weights.safetensors").items():
         assert torch.equal(tensor, layers.state_dict()[name])

@@ -103,3 +103,8 @@ def test_the_stream_stays_fp32_under_autocast(label: str) -> None:
 def test_shared_norm_is_one() -> None:
     residual = ParallelResidualConfig(shared_norm=True).build(context(D), mixer=True, channel=True)
     assert [name for name, _ in residual.named_parameters()] == ["mixer_norm.weight"]
+
+
+def test_a_layer_norm_without_weight_is_read_back_from_its_own_words() -> None:
+    config = LayerNormConfig(affine=False)
+    assert not config.bias and LayerNormConfig.model_validate(config.to_dict()) == config

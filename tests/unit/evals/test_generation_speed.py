@@ -33,6 +33,9 @@ def test_transformers_says_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     plain, peer = bench(tmp_path, peer="transformers", batch=2)
     assert (plain["implementation"], peer["implementation"]) == ("plain", "transformers") and peer["same_tokens"]
+    assert peer["times_transformers"] == 1 and plain["times_transformers"] == pytest.approx(
+        1 / peer["times_plain"], 0.01
+    )
 
 
 @pytest.mark.parametrize(

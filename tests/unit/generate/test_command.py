@@ -231,7 +231,7 @@ def test_a_tokenizer_of_another_model(cli: Cli, tmp_path: Path) -> None:
 def test_a_learned_position_table_is_the_limit(cli: Cli, tmp_path: Path) -> None:
     learned = write_run(tmp_path / "learned", model={**MODEL, "position": "learned"})
     done = cli("generate", learned, "--prompt", "x", "context=100")
-    assert done.code == 2 and "context=100 is longer than the model's position table of 48" in done.err
+    assert done.code == 2 and "context=100 is more than the 48 tokens" in done.err
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "lookup:2", "model"])
@@ -256,6 +256,7 @@ def test_speculation_changes_nothing_but_the_time(cli: Cli, run_folder: Path, dr
         (["--speculate", "lookup:0"], "needs a whole number of at least 1"),
         (["--speculate", "lookup", "--draft-tokens", "many"], "needs a whole number"),
         (["--draft-tokens", "3"], "--draft-tokens has no effect without --speculate"),
+        (["--speculate", "lookup", "compile=true"], "compile=true is for plain decoding and has no effect with"),
         (["--speculate", "model:nowhere"], "nowhere"),
     ],
 )

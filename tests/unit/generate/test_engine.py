@@ -10,7 +10,10 @@ from llm.core.init import initialise
 from llm.core.seq import SeqInfo
 from llm.generate.engine import Engine
 from llm.generate.events import Completion, TokenEvent
+from llm.generate.prefill import PromptStream
+from llm.generate.prefix import Prefix
 from llm.generate.sampling import Sampling
+from llm.generate.scheduler import Scheduler
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder
 
@@ -127,7 +130,7 @@ def test_stop_check_ends_a_row(model: Decoder) -> None:
 
 
 def test_a_learned_position_table_limits_the_context() -> None:
-    with pytest.raises(UserError, match="context=65 is longer than the model's position table of 64"):
+    with pytest.raises(UserError, match="context=65 is more than the 64 tokens"):
         Engine(build("learned"), context=65)
 
 
@@ -166,3 +169,53 @@ def test_seeds(model: Decoder) -> None:
     assert run(0) == run(0)
     assert run(0) != run(1)
     assert run(None) != run(None)
+
+
+def stream_of(prompt: list[int], size: int) -> PromptStream:
+    return PromptStream(len(prompt), lambda: [prompt[i : i + size] for i in range(0, len(prompt), size)])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_streamed_prompt_is_continued_as_one_that_is_held(model: Decoder, chunk: int | None, size: int) -> None:
+    sampling = Sampling(temperature=0, max_new_tokens=12)
+    mixed = [stream_of(prompt, size) if i % 3 else prompt for i, prompt in enumerate(PROMPTS)]
+    expected = Engine(model).generate(PROMPTS, sampling)
+    assert Engine(model, prefill_chunk=chunk, max_batch=3).generate(mixed, sampling) == expected
+    penalised = [sampling.replace(repetition_penalty=1.0 if i % 3 else 1.4) for i in range(len(PROMPTS))]
+    expected = Engine(model).generate(PROMPTS, penalised)
+    assert Engine(model, prefill_chunk=chunk).generate(mixed, penalised) == expected
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_request_leaves_while_the_prompts_are_read(model: Decoder, streamed: bool) -> None:
+    scheduler = Scheduler(Engine(model, prefill_chunk=2))
+    sampling = Sampling(temperature=0, max_new_tokens=5)
+    prompts = [stream_of(p, 3) if streamed else p for p in (PROMPTS[1], PROMPTS[4], PROMPTS[3])]
+    numbers = [scheduler.submit(prompt, sampling) for prompt in prompts]
+    scheduler._admit()
+    assert scheduler._joining is not None and scheduler._joining.prefill is not None
+    with torch.no_grad():
+        scheduler._joining.prefill.read()
+    scheduler.cancel(numbers[1])
+    made: dict[int, list[int]] = {}
+    while scheduler.n_running:
+        for event in scheduler.step():
+            made.setdefault(event.request, []).append(event.token)
+    expected = Engine(model).generate([PROMPTS[1], PROMPTS[3]], sampling)
+    assert [made[numbers[0]], made[numbers[2]]] == [c.tokens for c in expected]
+
+
+def test_what_needs_the_whole_prompt_refuses_a_stream(model: Decoder) -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=2)
+    with pytest.raises(UserError, match="no repetition_penalty"):
+        Engine(model).generate([stream_of([1, 2], 1)], greedy.replace(repetition_penalty=1.5))
+    with pytest.raises(UserError, match="0 to 60: is this the tokenizer"):
+        Engine(model).generate([stream_of([1, VOCAB], 1)], greedy)
+    with pytest.raises(UserError, match="leaves no room"):
+        Engine(model).generate([stream_of([1] * 64, 8)], greedy)
+    with pytest.raises(UserError, match="no tokens"):
+        Engine(model).generate([stream_of([], 8)], greedy)
+    prefix = Prefix.read(model, [1, 2, 3], capacity=64)
+    with pytest.raises(UserError, match="neither a saved state"):
+        Engine(model, prefix=prefix).generate([stream_of([1, 2, 3, 4], 1)], greedy)

@@ -10,6 +10,7 @@ from llm.core.errors import UserError
 from llm.core.state import PagedKVState
 from llm.core.states.paged import leaves
 from llm.generate import Engine, Sampling, Scheduler
+from llm.generate.prefill import PromptStream
 from llm.generate.prefix import Prefix
 from tests.unit.generate.test_engine import build
 
@@ -145,6 +146,10 @@ def test_states_of_other_kinds_are_saved_between_chunks() -> None:
 def test_settings_that_do_not_go_together(model: Any, tmp_path: Any) -> None:
     with pytest.raises(UserError, match="cache=contiguous has not"):
         Engine(model, cache="contiguous", prefix_cache=1000)
+    with pytest.raises(UserError, match="compile is for contiguous caches"):
+        Engine(model, compile=True, cache="paged")
+    with pytest.raises(UserError, match="goes with no prefix_cache"):
+        scheduler_of(model).submit(PromptStream(3, lambda: [[1, 2, 3]]), GREEDY)
     engine = Engine(model)
     prefix = Prefix.read(model, [1, 2, 3], capacity=engine.context)
     with pytest.raises(UserError, match="are not used together"):

@@ -160,6 +160,6 @@ def test_what_cannot_be_continued_is_refused_at_once(model: Any) -> None:
             scheduler.submit(prompt, GREEDY)
     drafting = Scheduler(Engine(model, context=100, drafter=ModelDrafter(build("learned"))))
     drafting.submit([1] * 40, GREEDY)
-    with pytest.raises(UserError, match="too short to draft for a prompt and output of 72"):
+    with pytest.raises(UserError, match="too few to draft for a prompt and output of 72"):
         drafting.submit([1] * 60, GREEDY)
     assert scheduler.n_waiting == 0 and drafting.n_waiting == 1

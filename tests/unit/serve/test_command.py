@@ -77,9 +77,11 @@ def test_a_process(run_folder: Path, repo_root: Path, number: signal.Signals) ->
         "lookup",
     ]
     env = {key: value for key, value in os.environ.items() if key != "MANYFORMER_API_KEY"}
+    # A shell's background jobs ignore interrupts, and so would the server if these tests were one.
     process = subprocess.Popen(
-        [*command, "--chat-template", str(template)], cwd=repo_root, env=env, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--chat-template", str(template)], cwd=repo_root, env=env, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stderr is not None
     try:
         line = process.stderr.readline()

@@ -1,0 +1,1 @@
+"""Our models under EleutherAI's lm-evaluation-harness."""

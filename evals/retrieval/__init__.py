@@ -1,0 +1,1 @@
+"""Retrieval from long prompts: needles, variable tracking, common words and associative recall."""
