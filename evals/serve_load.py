@@ -60,15 +60,15 @@ class LoadConfig(Config):
     seed: int = 0
 
 
-def write_tiny_run(folder: Path) -> Path:
+def write_tiny_run(folder: Path, *, n_layers: int = 2, d_model: int = 64, max_seq_len: int = 128) -> Path:
     """A run with a random model over bytes, whose words are far enough apart for rounding not to matter."""
     mixer = {"type": "attention", "n_heads": 4, "n_kv_heads": 2}
     config = ModelConfig.model_validate(
         {
             "vocab_size": 257,
-            "d_model": 64,
-            "max_seq_len": 128,
-            "layers": [{"pattern": [{"mixer": mixer, "channel": "swiglu"}], "repeat": 2}],
+            "d_model": d_model,
+            "max_seq_len": max_seq_len,
+            "layers": [{"pattern": [{"mixer": mixer, "channel": "swiglu"}], "repeat": n_layers}],
             "init": {"std": 0.3},
         }
     )
@@ -107,13 +107,11 @@ def expected_texts(run: Path, requests: list[dict[str, Any]]) -> list[str]:
 
 
 @contextmanager
-def running_server(run: Path, config: LoadConfig) -> Iterator[tuple[str, int]]:
+def running_server(run: Path, **options: Any) -> Iterator[tuple[str, int]]:
     """(address, process id) of a server in a process of its own."""
-    options = ["port=0", f"max_batch={config.max_batch}", f"max_waiting={2 * config.clients}"]
-    command = [sys.executable, str(ROOT / "launch" / "serve.py"), str(run), *options]
-    process = subprocess.Popen(
-        [*command, f"num_threads={config.num_threads}"], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    words = [f"{key}={value}" for key, value in {"port": 0, **options}.items()]
+    command = [sys.executable, str(ROOT / "launch" / "serve.py"), str(run), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
     said: list[str] = []
     try:
@@ -230,7 +228,8 @@ async def crowd(config: LoadConfig, run: Path) -> dict[str, Any]:
 
     requests = make_requests(config)
     many = Crowd(config, requests, expected_texts(run, requests))
-    with running_server(run, config) as (url, pid):
+    options = {"max_batch": config.max_batch, "max_waiting": 2 * config.clients, "num_threads": config.num_threads}
+    with running_server(run, **options) as (url, pid):
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx2.AsyncClient(base_url=url, timeout=TOO_LONG, limits=limits) as http:
             began = time.perf_counter()

@@ -8,6 +8,7 @@ rejected tokens.
 | kind | holds | rolls back by |
 |---|---|---|
 | KVState | all keys and values | moving the length |
+| PagedKVState | the same in pages of a pool, which rows and other states can share | moving the length |
 | WindowState | sinks and a ring of window + n_tentative keys and values | moving the length |
 | ConvState | the last width - 1 + n_tentative inputs | shifting |
 | RecurrentState | tensors that every token changes | copies after each tentative token, or replay of factors |
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 from llm.core.states.attention import KVState, WindowState
 from llm.core.states.base import CompositeState, DecodeState, EmptyState, valid_counts
+from llm.core.states.key_values import KeyValueState
+from llm.core.states.paged import PagedKVState, PagePool, Pages
 from llm.core.states.recurrent import ConvState, RecurrentState, choose_policy
 from llm.core.states.segment import SegmentState
 
@@ -31,6 +34,10 @@ __all__ = [
     "DecodeState",
     "EmptyState",
     "KVState",
+    "KeyValueState",
+    "PagePool",
+    "PagedKVState",
+    "Pages",
     "RecurrentState",
     "SegmentState",
     "WindowState",

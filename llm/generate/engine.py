@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from llm.core.errors import UserError
+from llm.core.state import DecodeState, Pages
 from llm.generate.decode_step import CompiledStep, Step, read_one
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
 from llm.generate.prefill import Prompt, PromptStream
 from llm.generate.prefix import Prefix, fingerprint
+from llm.generate.prefix_cache import PAGES_BETWEEN_SAVES, saves_states
 from llm.generate.sampling import Sampling
 from llm.generate.scheduler import Scheduler
 from llm.models.decoder import DecoderLike
 
+CacheKind = Literal["auto", "contiguous", "paged"]
 StopCheck = Callable[[int, int], bool]
 """(request, token) -> whether the output ends with this token; called once for each token, in order."""
 
@@ -31,6 +35,12 @@ class Engine:
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
     that was read before, with which every prompt begins. compile: the step of plain decoding is compiled at first use,
     which takes some seconds.
+
+    cache: how keys and values are held: contiguous, row by row; paged, in pages of page_size tokens, so that requests
+    join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages and
+    of saved states that are kept for prompts which begin as others did, and then only read the rest (0: none).
+    `saves_states`: the model's past is not in keys and values alone; what else it remembers is saved after every
+    `saved_every` tokens of a prompt, which is then read in chunks of so many, and shared from there.
     """
 
     def __init__(
@@ -45,6 +55,9 @@ class Engine:
         draft_length: DraftLength | None = None,
         prefix: Prefix | None = None,
         compile: bool = False,
+        cache: CacheKind = "auto",
+        page_size: int = 16,
+        prefix_cache: int = 0,
     ) -> None:
         self.model = model
         self.step: Step = CompiledStep(model) if compile else partial(read_one, model)
@@ -75,6 +88,26 @@ class Engine:
                 )
         weight = next(model.parameters())  # type: ignore[attr-defined]
         self.device, self.dtype = weight.device, weight.dtype
+        self.page_size, self.prefix_cache = page_size, prefix_cache
+        if prefix_cache and cache == "contiguous":
+            raise UserError("prefix_cache shares pages, which cache=contiguous has not; set cache=paged or auto")
+        if prefix_cache and prefix is not None:
+            raise UserError("a saved state and prefix_cache are not used together; leave one of them out")
+        self.paged = cache == "paged" or prefix_cache > 0
+        if compile and self.paged:
+            raise UserError("compile is for contiguous caches; leave it out, or prefix_cache and cache=paged")
+        self.saves_states = prefix_cache > 0 and saves_states(self.new_state(1, Pages(page_size)))
+        self.saved_every = page_size
+        if self.saves_states:
+            n_pages = PAGES_BETWEEN_SAVES if prefill_chunk is None else prefill_chunk // page_size
+            self.saved_every = self.prefill_chunk = page_size * max(1, min(PAGES_BETWEEN_SAVES, n_pages))
+
+    def new_state(self, batch: int, pages: Pages | None = None) -> DecodeState:
+        """An empty state for so many requests, its keys and values in `pages`. All have the same capacity: states of
+        one kind can be put together, and what is not needed is not held."""
+        n_tentative = self.draft_length.most + 1 if self.drafter is not None else 0
+        state = self.model.new_state(batch, self.context, n_tentative=n_tentative, dtype=self.dtype, device=self.device)
+        return state if pages is None else pages.of(state)
 
     def generate(
         self,

@@ -32,8 +32,8 @@ Prompt: TypeAlias = Sequence[int] | PromptStream
 class Prefill:
     """Reads right-padded prompts, `chunk` tokens at once (None: all).
 
-    start: tokens of every prompt that the state has read already, less than the shortest has; 0 where one is a stream.
-    last [B, D]: hidden state of each row's last token, once `done`.
+    start: tokens of each prompt, or of every one, that the state has read already, fewer than it has; 0 where one is a
+    stream. last [B, D]: hidden state of each row's last token, once `done`.
     """
 
     def __init__(
@@ -42,25 +42,28 @@ class Prefill:
         prompts: Sequence[Prompt],
         state: DecodeState,
         chunk: int | None,
-        start: int = 0,
+        start: int | Sequence[int] = 0,
     ) -> None:
         self.model, self.state = model, state
         device = state.length.device
-        lengths = [len(prompt) for prompt in prompts]
+        starts = [start] * len(prompts) if isinstance(start, int) else list(start)
+        lengths = [len(prompt) - read for prompt, read in zip(prompts, starts, strict=True)]
         self.streams: list[_Reading] | None = None
         self.tokens = torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
         if any(isinstance(prompt, PromptStream) for prompt in prompts):
-            assert start == 0
+            assert not any(starts)
             self.streams = [_Reading(prompt, model.config.required_vocab_size()) for prompt in prompts]
         else:
             tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
             for row, prompt in enumerate(prompts):
-                tokens[row, : lengths[row]] = torch.as_tensor(prompt)
+                assert not isinstance(prompt, PromptStream)
+                tokens[row, : lengths[row]] = torch.as_tensor(prompt[starts[row] :])
             self.tokens = tokens.to(device)
+        self.starts = torch.tensor(starts, device=device)
         self.ends = torch.tensor(lengths, device=device)
         self.longest = max(lengths)
         self.ragged = min(lengths) < max(lengths)
-        self.at = start
+        self.at = 0
         self.chunk = chunk or max(lengths)
         self.last: Tensor | None = None
 
@@ -74,9 +77,10 @@ class Prefill:
         assert not self.done
         part = self._part(min(self.chunk, self.longest - self.at))
         n_rows, n = part.shape
-        positions = torch.arange(self.at, self.at + n, device=part.device).expand(n_rows, -1)
-        valid = positions < self.ends[:, None] if self.ragged else None
-        hidden = self.model(part, SeqInfo(positions=positions, valid=valid), state=self.state).hidden
+        places = torch.arange(self.at, self.at + n, device=part.device).expand(n_rows, -1)
+        valid = places < self.ends[:, None] if self.ragged else None
+        seq = SeqInfo(positions=self.starts[:, None] + places, valid=valid)
+        hidden = self.model(part, seq, state=self.state).hidden
         at = self.ends - 1 - self.at
         inside = (at >= 0) & (at < n)
         here = hidden[torch.arange(n_rows, device=part.device), at.clamp(0, n - 1)]
@@ -87,7 +91,7 @@ class Prefill:
         """Go on with these rows only, in this order, of which there is at least one; the state's too."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.ends.device)
         self.state.reorder(index)
-        self.ends = self.ends[index]
+        self.starts, self.ends = self.starts[index], self.ends[index]
         self.longest = int(self.ends.max())
         if self.streams is not None:
             self.streams = [self.streams[row] for row in rows]
@@ -134,7 +138,11 @@ class _Reading:
 
 
 def prefill(
-    model: DecoderLike, prompts: Sequence[Prompt], state: DecodeState, chunk: int | None, start: int = 0
+    model: DecoderLike,
+    prompts: Sequence[Prompt],
+    state: DecodeState,
+    chunk: int | None,
+    start: int | Sequence[int] = 0,
 ) -> Tensor:
     """Read all of the prompts; hidden [B, D] of each row's last token. Arguments as of `Prefill`."""
     reading = Prefill(model, prompts, state, chunk, start)

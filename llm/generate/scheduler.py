@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState
+from llm.core.state import DecodeState, PagedKVState, Pages
+from llm.core.states.paged import leaves
 from llm.generate.drafters import Batch, Draft, Drafter
-from llm.generate.events import FinishReason, TokenEvent
+from llm.generate.events import FinishReason, Speculation, TokenEvent
 from llm.generate.prefill import Prefill, Prompt, PromptStream
+from llm.generate.prefix_cache import Chain, PrefixCache
 from llm.generate.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -27,10 +29,20 @@ class Scheduler:
 
     Waiting requests are read together, a chunk of their prompts in each step, beside those that run: when all of them
     have a place, or a quarter of the places is free. An engine with a drafter serves one scheduler at a time.
+
+    n_prompt_read, n_prompt_reused: tokens of prompts that the model has read, or did not need to. Where the engine
+    shares prefixes, requests whose prompts begin alike are not read together: all but one wait until that one has been.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.n_prompt_read = self.n_prompt_reused = 0
+        self.pages = Pages(engine.page_size) if engine.paged else None
+        self.prefix_cache: PrefixCache | None = None
+        if self.pages is not None and engine.prefix_cache:
+            self.prefix_cache = PrefixCache(
+                self.pages, engine.saved_every, engine.prefix_cache, saves=engine.saves_states
+            )
         self._n_submitted = 0
         self._waiting: deque[_Request] = deque()
         self._joining: _Group | None = None
@@ -56,6 +68,8 @@ class Scheduler:
         engine.check(prompt, "the prompt")
         if isinstance(prompt, PromptStream) and sampling.repetition_penalty != 1:
             raise UserError("a prompt that is streamed goes with no repetition_penalty, for which it must be held")
+        if isinstance(prompt, PromptStream) and engine.prefix_cache:
+            raise UserError("a prompt that is streamed goes with no prefix_cache, for which it must be held")
         request = _Request(self._n_submitted, prompt, sampling, engine.context, stop, n_logprobs)
         if engine.drafter is not None:
             engine.drafter.check(len(prompt) + request.limit)
@@ -84,11 +98,23 @@ class Scheduler:
         return sum(not request.ended for request in self._waiting)
 
     def state_bytes(self) -> int:
-        """Bytes of decode state held now, the drafter's included."""
+        """Bytes of decode state held now, the drafter's and what is kept for later prompts included."""
         groups = [group for group in (self._joining, self._running) if group is not None]
         drafter = self.engine.drafter
         own = drafter.state_bytes() if drafter is not None and self._running is not None else 0
-        return own + sum(group.state.held_bytes() for group in groups)
+        parts = [part for group in groups for part in leaves(group.state) if not isinstance(part, PagedKVState)]
+        in_pages = 0 if self.pages is None else self.pages.held_bytes()
+        saved = 0 if self.prefix_cache is None else self.prefix_cache.saved_bytes()
+        return own + in_pages + saved + sum(part.held_bytes() for part in parts)
+
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of pages and saved states kept for later prompts."""
+        return 0 if self.prefix_cache is None else self.prefix_cache.held_bytes()
+
+    @property
+    def speculation(self) -> Speculation:
+        """What came of the engine's drafts."""
+        return self.engine.speculation
 
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
@@ -102,6 +128,8 @@ class Scheduler:
                 joining, prefill = self._joining, self._joining.prefill
                 assert prefill is not None
                 prefill.read()
+                if self.prefix_cache is not None and self.prefix_cache.saves:
+                    self._remember(joining, range(len(joining.requests)))
                 if prefill.done:
                     self._joining = None
                     events += self._join(joining)
@@ -122,16 +150,26 @@ class Scheduler:
         """Free what requests hold that have ended or were cancelled."""
         self._waiting = deque(request for request in self._waiting if not request.ended)
         if self._joining is not None and (rows := self._joining.left()) is not None:
-            self._joining = self._joining if rows else None
-            if self._joining is not None:
-                self._joining.keep(rows)
+            self._joining = self._keep(self._joining, rows)
         if self._running is not None and (rows := self._running.left()) is not None:
             if self.engine.drafter is not None:
                 self.engine.drafter.keep(rows)
                 self.engine.draft_length.keep(rows)
-            self._running = self._running if rows else None
-            if self._running is not None:
-                self._running.keep(rows)
+            self._running = self._keep(self._running, rows)
+
+    def _keep(self, group: _Group, rows: list[int]) -> _Group | None:
+        """The group with these rows only; None when there are none. What the others have read is remembered."""
+        self._remember(group, set(range(len(group.requests))) - set(rows))
+        if rows:
+            group.keep(rows)
+            return group
+        group.state.release()
+        return None
+
+    def _remember(self, group: _Group, rows: Iterable[int]) -> None:
+        if self.prefix_cache is not None:
+            rows = list(rows)
+            self.prefix_cache.keep(group.state, rows, [group.requests[row].tokens for row in rows])
 
     def _admit(self) -> None:
         """Begin to read the prompts of waiting requests, if it is time to."""
@@ -139,16 +177,55 @@ class Scheduler:
         free = most - (0 if self._running is None else len(self._running.requests))
         n_waiting = len(self._waiting)
         if self._joining is None and n_waiting and free >= min(n_waiting, max(1, most // 4)):
-            self._joining = _Group(self.engine, [self._waiting.popleft() for _ in range(min(n_waiting, free))])
+            self._joining = self._begin(free)
+
+    def _begin(self, n: int) -> _Group:
+        """At most n of the requests that wait, those first that came first."""
+        engine, cache = self.engine, self.prefix_cache
+        if cache is None:
+            requests = [self._waiting.popleft() for _ in range(min(len(self._waiting), n))]
+            state = engine.new_state(len(requests), self.pages)
+            starts = [0] * len(requests)
+            if engine.prefix is not None:
+                engine.prefix.restore(state)
+                starts = [engine.prefix.n_read] * len(requests)
+        else:
+            requests, chains = self._choose(cache, n)
+            state = engine.new_state(len(requests), self.pages)
+            starts = cache.begin(state, chains)
+        self.n_prompt_reused += sum(starts)
+        self.n_prompt_read += sum(len(request.prompt) for request in requests) - sum(starts)
+        return _Group(engine, requests, state, starts)
+
+    def _choose(self, cache: PrefixCache, n: int) -> tuple[list[_Request], list[Chain]]:
+        """Requests of which no two would read the same page next, and what is known of each."""
+        requests: list[_Request] = []
+        chains: list[Chain] = []
+        later: deque[_Request] = deque()
+        being_read = set()
+        for request in self._waiting:
+            chain = cache.find(_held(request)) if len(requests) < n else []
+            missing = cache.missing(_held(request), chain)
+            if len(requests) == n or missing in being_read:
+                later.append(request)
+                continue
+            requests.append(request)
+            chains.append(chain)
+            if missing is not None:
+                being_read.add(missing)
+        self._waiting = later
+        return requests, chains
 
     def _join(self, fresh: _Group) -> list[TokenEvent]:
         """Requests whose prompts have been read say their first tokens and run with the others."""
         engine = self.engine
         logits = fresh.first_token()
+        self._remember(fresh, range(len(fresh.requests)))
         events = fresh.say(fresh.pending[:, None], [0] * len(fresh.requests), logits[:, None], engine.eos_id)
         rows = fresh.left()
         if rows is not None:
             if not rows:
+                fresh.state.release()
                 return events
             fresh.keep(rows)
         if engine.drafter is not None:
@@ -203,7 +280,7 @@ class Scheduler:
 
 
 class _Request:
-    """limit: most new tokens; n_made: those so far."""
+    """limit: most new tokens; n_made: those so far. tokens: of the prompt, and the new ones."""
 
     def __init__(
         self,
@@ -215,6 +292,7 @@ class _Request:
         n_logprobs: int | None,
     ) -> None:
         self.number, self.prompt, self.sampling = number, prompt, sampling
+        self.tokens = list(_held(self))
         self.stop, self.n_logprobs = stop, n_logprobs
         self.limit = min(sampling.max_new_tokens, context - len(prompt))
         self.n_made = 0
@@ -223,6 +301,7 @@ class _Request:
     def finish(self, token: int, eos_id: int | None) -> FinishReason | None:
         """Why the output ends with one more token, if it does."""
         self.n_made += 1
+        self.tokens.append(token)
         if token == eos_id and not self.sampling.ignore_eos:
             return "eos"
         if self.stop is not None and self.stop(token):
@@ -234,26 +313,17 @@ class _Request:
 
 class _Group:
     """Requests that are read, or run, together: row b of each part is requests[b]. pending [B]: the newest token of
-    each output, which the state has not read yet."""
+    each output, which the state has not read yet. starts[b]: tokens of the prompt that the state has read already."""
 
-    def __init__(self, engine: Engine, requests: list[_Request]) -> None:
-        self.requests = requests
+    def __init__(self, engine: Engine, requests: list[_Request], state: DecodeState, starts: Sequence[int]) -> None:
+        self.requests, self.state = requests, state
         self.model = engine.model
         prompts = [request.prompt for request in requests]
-        n_tentative = engine.draft_length.most + 1 if engine.drafter is not None else 0
-        # The same capacity for all: states of one kind can be put together, and what is not needed is not held.
-        self.state: DecodeState = engine.model.new_state(
-            len(requests), engine.context, n_tentative=n_tentative, dtype=engine.dtype, device=engine.device
-        )
-        n_read = 0
-        if engine.prefix is not None:
-            engine.prefix.restore(self.state)
-            n_read = engine.prefix.n_read
         vocab_size = engine.model.config.required_vocab_size()
         self.sampler = Sampler(
             [request.sampling for request in requests], list(map(_held, requests)), vocab_size, engine.device
         )
-        self.prefill: Prefill | None = Prefill(engine.model, prompts, self.state, engine.prefill_chunk, n_read)
+        self.prefill: Prefill | None = Prefill(engine.model, prompts, self.state, engine.prefill_chunk, starts)
         self.pending = torch.zeros(len(requests), dtype=torch.int64, device=engine.device)
 
     def first_token(self) -> Tensor:

@@ -45,12 +45,23 @@ class Metrics:
         """What the worker counts, read when it is asked for."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        worker = self._worker
+        worker, scheduler = self._worker, self._worker.scheduler
         yield CounterMetricFamily("manyformer_generated_tokens", "Tokens generated", worker.n_generated)
         yield CounterMetricFamily("manyformer_cancelled", "Outputs that were ended early", worker.n_cancelled)
-        yield GaugeMetricFamily("manyformer_running", "Outputs in the batch", worker.scheduler.n_running)
-        yield GaugeMetricFamily("manyformer_waiting", "Outputs that wait for a place", worker.scheduler.n_waiting)
-        yield GaugeMetricFamily("manyformer_state_bytes", "Bytes of the running outputs' states", worker.state_bytes)
+        yield GaugeMetricFamily("manyformer_running", "Outputs in the batch", scheduler.n_running)
+        yield GaugeMetricFamily("manyformer_waiting", "Outputs that wait for a place", scheduler.n_waiting)
+        yield GaugeMetricFamily("manyformer_state_bytes", "Bytes of states, the prefix cache's too", worker.state_bytes)
+        yield GaugeMetricFamily(
+            "manyformer_prefix_cache_bytes", "Bytes of pages kept for later prompts", worker.prefix_cache_bytes
+        )
+        tokens = (
+            ("prompt_tokens_read", "Tokens of prompts that the model read", scheduler.n_prompt_read),
+            ("prompt_tokens_reused", "Tokens of prompts that were read before", scheduler.n_prompt_reused),
+            ("drafted_tokens", "Tokens drafted", scheduler.speculation.n_drafted),
+            ("accepted_tokens", "Drafted tokens that were kept", scheduler.speculation.n_accepted),
+        )
+        for name, about, n in tokens:
+            yield CounterMetricFamily(f"manyformer_{name}", about, n)
 
     def text(self) -> tuple[bytes, str]:
         """(the page, its content type)."""

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from llm.core.errors import UserError
-from llm.generate.events import TokenEvent
+from llm.generate.events import Speculation, TokenEvent
 from llm.generate.sampling import Sampling
 from llm.serve.errors import ApiError, bad_request
 from llm.serve.output import Output, Piece
@@ -23,6 +23,12 @@ from llm.serve.output import Output, Piece
 
 class SchedulerLike(Protocol):
     """What the thread needs of `llm.generate.scheduler.Scheduler`."""
+
+    n_prompt_read: int
+    n_prompt_reused: int
+
+    @property
+    def speculation(self) -> Speculation: ...
 
     @property
     def n_running(self) -> int: ...
@@ -44,6 +50,8 @@ class SchedulerLike(Protocol):
     def step(self) -> list[TokenEvent]: ...
 
     def state_bytes(self) -> int: ...
+
+    def prefix_cache_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Worker:
         self.n_open = 0
         self.n_cancelled = 0
         self.n_generated = 0
-        self.state_bytes = 0
+        self.state_bytes = self.prefix_cache_bytes = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: set[Ticket] = set()
         self._going: dict[int, Ticket] = {}
@@ -181,7 +189,7 @@ class Worker:
             if piece is not None:
                 news.append((ticket, index, piece))
         if self.scheduler.n_running != n_running or any(event.finish for event in events):
-            self.state_bytes = self.scheduler.state_bytes()
+            self._look_at_memory()
         if news:
             self._to_loop(lambda: self._hand_out(news))
 
@@ -200,8 +208,12 @@ class Worker:
     def _cancel(self, ticket: Ticket) -> None:
         n = len(ticket.running)
         self._drop(ticket)
-        self.state_bytes = self.scheduler.state_bytes()
+        self._look_at_memory()
         self._to_loop(lambda: self._close(ticket, n))
+
+    def _look_at_memory(self) -> None:
+        self.state_bytes = self.scheduler.state_bytes()
+        self.prefix_cache_bytes = self.scheduler.prefix_cache_bytes()
 
     def _drop(self, ticket: Ticket) -> None:
         for request in ticket.running:

@@ -19,7 +19,7 @@ from llm.core.errors import UserError
 from llm.core.init import Init, normal
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState, KVState, WindowState, valid_counts
+from llm.core.state import DecodeState, KeyValueState, KVState, WindowState, valid_counts
 
 Backend = Literal["auto", "sdpa", "flex", "flash", "blocked", "reference"]
 
@@ -272,7 +272,7 @@ class Attention(TokenMixer):
         return self.out(implementation.run(q, k, v, self.form, prepared).flatten(2))
 
     def prefill(self, x: Tensor, seq: SeqInfo, state: DecodeState) -> Tensor:
-        assert isinstance(state, KVState | WindowState)
+        assert isinstance(state, KeyValueState | WindowState)
         q, k, v = self._project(x, seq)
         k, v, positions = state.append(k, v, valid_counts(seq))
         k, v = self._after_persistent(k.to(q.dtype), v.to(q.dtype))
@@ -281,7 +281,7 @@ class Attention(TokenMixer):
         key = f"{self.key}/{state.arrangement}/{q.dtype}"
         prepared = seq.derived.get(key)
         if prepared is None:
-            full = isinstance(state, KVState) and seq.valid is None and state.full(x.shape[1])
+            full = isinstance(state, KeyValueState) and seq.valid is None and state.full(x.shape[1])
             layout = Layout(seq.positions, k_positions=positions, full=full)
             prepared = implementation.prepare(layout, self.form, q.dtype)
             seq.derived[key] = prepared

@@ -24,7 +24,7 @@ from llm.core.errors import UserError
 from llm.core.init import Init, constant, normal
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState, KVState, valid_counts
+from llm.core.state import DecodeState, KeyValueState, KVState, valid_counts
 
 Preset = Literal["deep_transformer", "swdt", "dot"]
 
@@ -214,13 +214,13 @@ class ExponentialCore(nn.Module):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, seq: SeqInfo, state: DecodeState) -> Tensor:
         """The tokens after those in `state`, to which they are appended; [B, T, H, d] -> [B, T, H, d]."""
-        assert isinstance(state, KVState)
+        assert isinstance(state, KeyValueState)
         with without_autocast(q.device):
-            q, k, v, gates = _heads_first(q, k, v, gates, state.k.dtype)
+            q, k, v, gates = _heads_first(q, k, v, gates, state.dtype)
             n_new, end = q.shape[2], state.end()
             past, before = None, torch.ones(n_new, n_new, dtype=torch.bool, device=q.device).tril(-1)
             if self.config.bias == "l2" and state.extent:
-                past = self._unpacked(state.k[:, : state.extent], state.v[:, : state.extent])
+                past = self._unpacked(*state.read())
                 held = torch.arange(state.extent, device=q.device) < end[:, None]
                 both = (held[:, None].expand(-1, n_new, -1), before.expand(state.batch, -1, -1))
                 before = torch.cat(both, dim=-1)[:, None]

@@ -19,7 +19,7 @@ from llm.core.cost import Cost, Dims, Mode
 from llm.core.init import Init, constant
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import DecodeState, KVState, valid_counts
+from llm.core.state import DecodeState, KeyValueState, KVState, valid_counts
 
 
 @MIXERS.register(
@@ -82,11 +82,11 @@ class GLUTokenMixing(TokenMixer):
         return self._mix("down", gates, positions, positions, seen)
 
     def prefill(self, x: Tensor, seq: SeqInfo, state: DecodeState) -> Tensor:
-        assert isinstance(state, KVState)
+        assert isinstance(state, KeyValueState)
         positions = positions_within(seq, self.longest, "the position maps")
         slots = torch.arange(state.extent, device=x.device).expand(x.shape[0], -1)
         past = torch.where(slots < state.end()[:, None], slots, -1)
-        inputs = torch.cat([state.k[:, : state.extent, 0].to(x.dtype), x], dim=1)
+        inputs = torch.cat([state.read()[0][:, :, 0].to(x.dtype), x], dim=1)
         new = seq.positions if seq.valid is None else torch.where(seq.valid, seq.positions, -1)
         held = torch.cat([past, new], dim=1)
         gates = self._gates(inputs, positions, held, self._seen(seq, held))

@@ -16,7 +16,7 @@ from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
-from llm.core.state import CompositeState, DecodeState, KVState, WindowState, valid_counts
+from llm.core.state import CompositeState, DecodeState, KeyValueState, KVState, WindowState, valid_counts
 
 
 @MIXERS.register(
@@ -210,7 +210,7 @@ class Longformer(TokenMixer):
 
         def read(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             held = state[name]
-            assert isinstance(held, KVState | WindowState)
+            assert isinstance(held, KeyValueState | WindowState)
             keys, values, positions = held.append(k, v, counts)
             scores = torch.einsum("bthd,bshd->bhts", q, keys.to(q.dtype)) * self.scale
             distance = seq.positions[:, :, None] - positions[:, None]

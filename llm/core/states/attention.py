@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import torch
 from torch import Tensor
 
 from llm.core.compat import mark_any_length
-from llm.core.errors import UserError
 from llm.core.states.base import DecodeState, fetch, own_copy, spread, take_along
+from llm.core.states.key_values import KeyValueState
 
 LEAST_SLOTS = 64
 """Fewer are not worth making anew."""
@@ -19,12 +18,11 @@ READ_TOGETHER = 64
 """Compiled code reads slots in multiples of this number."""
 
 
-class KVState(DecodeState):
-    """Append-only keys and values: k, v [B, slots, Hkv, Dk or Dv]. Rolling back only moves the length.
+class KVState(KeyValueState):
+    """All keys and values of a row side by side: k, v [B, slots, Hkv, Dk or Dv].
 
-    capacity: most tokens of a row, tentative ones included. Slots are made as they are needed, a power of two of them,
-    and `reorder` gives back what the rows that are left do not need.
-    arrangement: states of which it is the same, and that have read the same, hold it at the same places.
+    Slots are made as they are needed, a power of two of them, and `reorder` gives back what the rows that are left do
+    not need.
     """
 
     def __init__(
@@ -38,37 +36,28 @@ class KVState(DecodeState):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__(batch, device=device)
-        self.capacity = capacity
-        self.arrangement = f"all of {capacity}"
-        self.extent = 0  # host bound on max(end()): what must be read
+        super().__init__(batch, capacity, device=device)
         self.reserved: Tensor | None = (
             None  # slots that compiled code reads: a size it knows from a tensor, not a number
         )
         self.k = torch.zeros(batch, 0, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, 0, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
-    def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v [B, T, Hkv, D] behind each row's end; of row b only the first counts[b] tokens are real.
-
-        Returns (k [B, S, Hkv, D], v, positions [B, S] int64): everything that may be seen; a query at position p may
-        see the entries with 0 <= position <= p.
-        """
+    def _write(self, k: Tensor, v: Tensor, counts: Tensor | None) -> None:
         if self.batch == 1 and counts is None and k.device.type == "cpu" and not torch.compiler.is_compiling():
             self._append_to_one(k, v)
-            return self.k[:, : self.extent], self.v[:, : self.extent], torch.arange(self.extent)[None]
+            return
         real = self._counts(k.shape[1], counts)
         rows, slots, keep, extent = self._places(k.shape[1], real)
         self.k[rows, slots] = (k if keep is None else k[keep]).to(self.k.dtype)
         self.v[rows, slots] = (v if keep is None else v[keep]).to(self.v.dtype)
         self.advance(real)
         self.extent = extent
+
+    def _seen_places(self) -> Tensor:
         if torch.compiler.is_compiling() and self.reserved is not None:
-            places = self.reserved
-        else:
-            places = torch.arange(extent, device=self.k.device)
-        n = places.shape[0]
-        return self.k[:, :n], self.v[:, :n], places.expand(self.batch, -1)
+            return self.reserved
+        return super()._seen_places()
 
     def _append_to_one(self, k: Tensor, v: Tensor) -> None:
         """The same for a state of one row on a CPU, where looking at its length costs nothing."""
@@ -79,10 +68,6 @@ class KVState(DecodeState):
         self.k[:, start : self.extent] = k
         self.v[:, start : self.extent] = v
         self.advance(torch.tensor([k.shape[1]]))
-
-    def full(self, n_queries: int) -> bool:
-        """Whether the newest n_queries tokens see all that `append` has just given, as far as the host knows."""
-        return n_queries == 1 and self.batch == 1 and self.k.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _places(self, n_new: int, real: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Where the next n_new tokens of each row go, of which real [B] count: (rows, slots, which of [B, n_new], None:
@@ -141,32 +126,19 @@ class KVState(DecodeState):
         super().adopt(rows, other)
         self.extent = int(self.length.max()) if self.batch else 0
 
-    def nbytes(self) -> int:
-        return sum(self.batch * self.capacity * prod(t.shape[2:]) * t.element_size() for t in self._rows().values())
-
     def held_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._rows().values())
 
-    def export(self) -> dict[str, Tensor]:
-        assert self.n_tentative is None, "commit or abort before an export"
-        extent = int(self.length.max())
-        real = torch.arange(extent, device=self.length.device) < self.length[:, None]
-        parts = {name: torch.where(spread(real, t), t[:, :extent], 0) for name, t in self._rows().items()}
-        return {"length": self.length.clone(), **{name: own_copy(part) for name, part in parts.items()}}
+    def _storage(self) -> dict[str, Tensor]:
+        return self._rows()
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._restore_length(tensors)
-        self.extent = int(self.length.max())
-        if self.extent > self.capacity:
-            raise UserError(
-                f"the stored state holds {self.extent} tokens, this one has room for {self.capacity}; "
-                "raise the capacity"
-            )
-        for name, tensor in self._rows().items():
-            filled = tensor.new_zeros(self.batch, self._n_slots(self.extent), *tensor.shape[2:])
-            stored = tensors.get(name)
-            shape = (self.extent if stored is None else stored.shape[1], *tensor.shape[2:])
-            filled[:, : self.extent] = fetch(tensors, name, shape)[:, : self.extent].to(tensor)
+    def _contents(self, n: int) -> dict[str, Tensor]:
+        return {name: tensor[:, :n] for name, tensor in self._rows().items()}
+
+    def _refill(self, contents: dict[str, Tensor]) -> None:
+        for name, stored in contents.items():
+            filled = stored.new_zeros(self.batch, self._n_slots(self.extent), *stored.shape[2:])
+            filled[:, : self.extent] = stored
             self._set_row(name, filled)
 
     def _rows(self) -> dict[str, Tensor]:

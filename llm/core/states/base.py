@@ -102,6 +102,9 @@ class DecodeState:
         self.reorder(torch.where(is_new, 0, place))
         self.adopt(is_new, other)
 
+    def release(self) -> None:
+        """Give back what is held together with other states; this one is used up."""
+
     def nbytes(self) -> int:
         """Bytes of the tensors of full rows, the two counters not counted."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._rows().values())
@@ -207,6 +210,15 @@ class CompositeState(DecodeState):
         assert isinstance(other, CompositeState)
         for key, part in self.parts.items():
             part.adopt(rows, other.parts[key])
+
+    def extend(self, other: DecodeState) -> None:
+        assert isinstance(other, CompositeState)
+        for key, part in self.parts.items():
+            part.extend(other.parts[key])
+
+    def release(self) -> None:
+        for part in self.parts.values():
+            part.release()
 
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self.parts.values())

@@ -18,6 +18,8 @@ from llm.core.state import (
     DecodeState,
     EmptyState,
     KVState,
+    PagePool,
+    Pages,
     RecurrentState,
     WindowState,
 )
@@ -68,6 +70,17 @@ class Attention(Kind):
 
     def _visible(self, query: int, position: int) -> bool:
         return self.window is None or query - position < self.window or position < self.n_sinks
+
+
+class Paged(Attention):
+    """Small pages of one pool, in which what earlier states left is still to be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = Pages(4)
+
+    def make(self, batch: int, n_tentative: int, capacity: int) -> DecodeState:
+        return self.pages.of(super().make(batch, n_tentative, capacity))
 
 
 class Hashed(Attention):
@@ -147,6 +160,7 @@ class Empty(Kind):
 
 KINDS: dict[str, Kind] = {
     "kv": Attention(),
+    "kv_paged": Paged(),
     "kv_with_buckets": Hashed(),
     "window": Attention(window=WINDOW),
     "window_of_one": Attention(window=1),
@@ -292,3 +306,8 @@ def test_a_ring_without_room_for_tentative_tokens_is_caught() -> None:
             return state
 
     _breaks(TooSmall(window=WINDOW, n_sinks=1))
+
+
+def test_a_page_that_is_written_by_one_of_two_holders_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagePool, "copy", lambda self, page: page)
+    _breaks(Paged())

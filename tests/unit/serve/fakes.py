@@ -17,7 +17,7 @@ from llm.core.errors import UserError
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokenizer.simple import BytesTokenizer
 from llm.generate.chat import load_chat
-from llm.generate.events import TokenEvent
+from llm.generate.events import Speculation, TokenEvent
 from llm.generate.sampling import Sampling
 from llm.serve.app import create_app
 from llm.serve.config import Limits
@@ -41,6 +41,8 @@ class PacedScheduler:
         self.log: list[tuple[str, int]] = []
         self.changed = threading.Condition()
         self.fail = False
+        self.n_prompt_read = self.n_prompt_reused = 0
+        self.speculation = Speculation()
         self._permits: threading.Semaphore | None = None
         self._waiting: deque[int] = deque()
         self._running: list[int] = []
@@ -57,6 +59,9 @@ class PacedScheduler:
 
     def state_bytes(self) -> int:
         return 100 * len(self._running)
+
+    def prefix_cache_bytes(self) -> int:
+        return 0
 
     def submit(
         self,

@@ -39,6 +39,10 @@ MISTAKES = [
     (["host=127.0.0.1", "port=0", "--chat-template", "/nonexistent"], "cannot read the chat template /nonexistent"),
     (["port=0", "slice=1/4"], "slice is for nested models"),
     (["port=0", "request_timeout=0"], "request_timeout"),
+    (["port=0", "--draft-tokens", "3"], "--draft-tokens has no effect without --speculate"),
+    (["port=0", "--speculate", "loops:1"], "loops:1 is for a looped model"),
+    (["port=0", "--speculate", "guess"], "cannot draft with 'guess'"),
+    (["port=0", "prefix_cache=1M", "cache=contiguous"], "cache=contiguous has not"),
 ]
 
 
@@ -62,7 +66,16 @@ def test_a_missing_library_is_told(cli: Cli, run_folder: Path, monkeypatch: pyte
 def test_a_process(run_folder: Path, repo_root: Path, number: signal.Signals) -> None:
     template = run_folder / "own.jinja"
     template.write_text("{{ eos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
-    command = [sys.executable, "launch/serve.py", str(run_folder), "port=0", "name=mine"]
+    command = [
+        sys.executable,
+        "launch/serve.py",
+        str(run_folder),
+        "port=0",
+        "name=mine",
+        "prefix_cache=1M",
+        "--speculate",
+        "lookup",
+    ]
     env = {key: value for key, value in os.environ.items() if key != "MANYFORMER_API_KEY"}
     # A shell's background jobs ignore interrupts, and so would the server if these tests were one.
     process = subprocess.Popen(

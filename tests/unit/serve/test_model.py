@@ -15,7 +15,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from llm.generate import Engine, Sampling, generate_text, load_model
+from evals.serve_load import metric
+from llm.generate import Engine, LookupDrafter, Sampling, generate_text, load_model
 from llm.generate.load import Loaded
 from llm.generate.scheduler import Scheduler
 from tests.unit.generate.runs import write_run
@@ -101,6 +102,26 @@ def test_logprobs_are_the_models(real: Real) -> None:
             assert math.isclose(logprobs["token_logprobs"][number], float(own.max()), abs_tol=1e-4)
             likeliest = sorted(logprobs["top_logprobs"][number].values(), reverse=True)
             assert torch.allclose(torch.tensor(likeliest), own.topk(4).values, atol=1e-4)
+
+
+def test_prompts_that_begin_alike_are_read_once(real: Real) -> None:
+    model, tokenizer, _ = real.loaded
+    begin = "the same beginning, "
+    wanted = [expected(real, begin + end) for end in "abc"]
+    settings: dict[str, Any] = {"prefix_cache": 10**6, "page_size": 4, "drafter": LookupDrafter()}
+    scheduler = Scheduler(Engine(model, eos_id=tokenizer.eos_id, max_batch=4, **settings))
+    with served(scheduler, tokenizer=tokenizer, context=48, max_open=64) as server:
+        found = server.json(COMPLETIONS, body([begin + end for end in "abc"]))
+        server.settle()
+        page = server.call("/metrics")[2].decode()
+    assert [choice["text"] for choice in found["choices"]] == wanted
+    n_prompt = found["usage"]["prompt_tokens"]
+    n_reused = int(metric(page, "manyformer_prompt_tokens_reused_total"))
+    assert n_reused == 2 * 20
+    assert metric(page, "manyformer_prompt_tokens_read_total") == n_prompt - n_reused
+    assert metric(page, "manyformer_prompt_tokens_total") == n_prompt
+    assert metric(page, "manyformer_prefix_cache_bytes") > 0
+    assert metric(page, "manyformer_accepted_tokens_total") == scheduler.speculation.n_accepted > 0
 
 
 def test_a_disconnect_frees_the_models_memory(real: Real) -> None:

@@ -114,6 +114,7 @@ def test_models_health_and_metrics(server: Served) -> None:
     assert 'manyformer_requests_total{path="/v1/completions",status="200"} 1.0' in lines
     assert 'manyformer_requests_total{path="other",status="404"} 1.0' in lines
     assert "manyformer_generated_tokens_total 3.0" in lines and "manyformer_prompt_tokens_total 4.0" in lines
+    assert "manyformer_prompt_tokens_reused_total 0.0" in lines and "manyformer_drafted_tokens_total 0.0" in lines
     assert "manyformer_running 0.0" in lines and "manyformer_first_token_seconds_count 1.0" in lines
 
 
