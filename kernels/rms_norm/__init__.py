@@ -9,16 +9,12 @@ from kernels import dispatch
 from kernels.rms_norm import cpu, reference, torch_native  # noqa: F401
 from kernels.rms_norm.spec import RMS_NORM, RMSNormQuery
 
-FEW = 1 << 14
-"""Elements up to which torch's own composite is faster on a CPU: the calls cost more than the work."""
-
 __all__ = ["RMS_NORM", "RMSNormQuery", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """y [..., D] in the dtype of x; weight [D] or None. Compiled code gets torch's own, which the compiler fuses; so do
-    few elements on a CPU, whether gradients are wanted or not, as both must be the same to the bit."""
-    if torch.compiler.is_compiling() or (x.numel() <= FEW and x.device.type == "cpu"):
+    """y [..., D] in the dtype of x; weight [D] or None. Compiled code gets torch's own, which the compiler fuses."""
+    if torch.compiler.is_compiling():
         return torch_native.TORCH.run(x, weight, eps)
     query = RMSNormQuery(x.device.type, x.dtype, weight is not None)
     return dispatch.resolve("rms_norm", query).run(x, weight, eps)

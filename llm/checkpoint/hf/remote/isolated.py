@@ -9,10 +9,12 @@ import time
 import traceback
 
 OURS = ("llm", "kernels", "vision", "evals", "launch", "manyformer")
+NOT_NEEDED = ("accelerate", "deepspeed")
+"""What transformers imports where it is installed, and what brings other libraries along."""
 
 
 class Without:
-    """A finder that does not find this project's packages, wherever they are installed."""
+    """A finder that finds neither this project's packages, wherever they are installed, nor what is not needed."""
 
     def __init__(self, finder):  # type: ignore[no-untyped-def]
         self.finder = finder
@@ -21,7 +23,7 @@ class Without:
         return getattr(self.finder, name)
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        return None if name.split(".")[0] in OURS else self.finder.find_spec(name, path, target)
+        return None if name.split(".")[0] in OURS + NOT_NEEDED else self.finder.find_spec(name, path, target)
 
 
 def main(jobs_path, results_path):  # type: ignore[no-untyped-def]
