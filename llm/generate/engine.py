@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -148,7 +147,7 @@ class Engine:
             requests[scheduler.submit(prompts[place], samplings[place], stop=ends)] = place
         while scheduler.n_waiting or scheduler.n_running:
             for event in scheduler.step():
-                yield replace(event, request=requests[event.request])
+                yield event._replace(request=requests[event.request])
 
     def warm_up(self) -> None:
         """Compile what the first answers need: the step of one row, and of several."""

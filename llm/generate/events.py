@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 """eos: the model ended the text. stop: a stop text. length: max_new_tokens. context: the model's max_seq_len."""
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """A token of a request, as soon as it is known. finish: None while the request goes on.
 
     logprob, top_logprobs: where asked for, the natural logarithm of the probability that the model itself gives to the

@@ -14,7 +14,7 @@ from llm.core.states.key_values import KeyValueState
 LEAST_SLOTS = 64
 """Fewer are not worth making anew."""
 
-READ_TOGETHER = 64
+READ_TOGETHER = 16
 """Compiled code reads slots in multiples of this number."""
 
 
