@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from math import sqrt
 from typing import Literal
 
 Metric = Literal["official", "fixed"]
@@ -52,13 +51,3 @@ def is_right(task: str, question: str, target: str, output: str, metric: Metric 
 def chance(task: str) -> float:
     """Share of right answers of one who says one of the task's labels at random."""
     return 1 / len(LABELS[task])
-
-
-def interval(n_right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927)."""
-    if not n:
-        return 0.0, 1.0
-    share = n_right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.babilong.metric import chance, interval
+from evals.babilong.metric import chance
+from evals.records import wilson_interval
 from llm.core.errors import UserError
 
 CONDITIONS, SAMPLES = "conditions.json", "samples.jsonl"
@@ -98,7 +99,7 @@ def _short(value: Any) -> str:
 def cell(rows: list[Row], metric: str) -> dict[str, Any]:
     """n, right and share of rows, with its 95% interval."""
     n, right = len(rows), sum(bool(row[metric]) for row in rows)
-    low, high = interval(right, n)
+    low, high = wilson_interval(right, n)
     return {"n": n, "right": right, "share": right / n, "low": low, "high": high}
 
 

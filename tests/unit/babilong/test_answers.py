@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from evals.babilong.background import Background
 from evals.babilong.forms import FinetunedForm, PromptForm
-from evals.babilong.metric import LABELS, chance, interval, is_right
+from evals.babilong.metric import LABELS, chance, is_right
 from evals.babilong.prompts import PromptConfig, own_texts, sentence
 from evals.babilong.sampler import Sampler, for_tests
 from evals.babilong.story import NAMES
 from evals.babilong.worlds import simulate_sample
+from evals.records import wilson_interval
 from llm.core.errors import UserError
 from llm.data.tokenizer.simple import BytesTokenizer
 from llm.generate.events import Completion
@@ -64,14 +65,14 @@ def test_the_right_answer_is_right_and_a_guess_is_at_chance(task: str) -> None:
         assert is_right(task, sample.question, sample.answer, said, "fixed"), (sample, said)
         assert is_right(task, sample.question, sample.answer, said) is (sample.answer != "none"), (sample, said)
         n_lucky += is_right(task, sample.question, sample.answer, rng.choice(LABELS[task]), "fixed")
-    low, high = interval(n_lucky, n, z=4)
+    low, high = wilson_interval(n_lucky, n, z=4)
     assert low <= chance(task) <= high or task == "qa8", "lists are never guessed"
 
 
 def test_intervals_are_those_of_Wilson() -> None:
-    assert interval(500, 1000) == pytest.approx((0.4691, 0.5309), abs=1e-4)
-    assert interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(500, 1000) == pytest.approx((0.4691, 0.5309), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
 @pytest.mark.parametrize("task", NAMES)

@@ -12,8 +12,8 @@ import pytest
 
 from evals.babilong import run as running
 from evals.babilong.forms import FinetunedForm, PromptForm
-from evals.babilong.metric import interval
 from evals.babilong.sampler import Hidden
+from evals.records import wilson_interval
 from llm.generate.events import Completion
 from llm.generate.prefill import PromptStream
 from tests.unit.babilong.test_sampler import prose
@@ -47,7 +47,7 @@ def test_a_run_is_evaluated_and_killed_ones_go_on(cli: Cli, run_folder: Path, bo
     summary = json.loads(done.out)
     assert summary["tasks"] == ["qa1", "qa2"] and summary["lengths"] == [0, 1000] and summary["n_samples"] == 20
     found = summary["cells"]["right"]["qa1"]["1000"]
-    assert found["n"] == 5 and (found["low"], found["high"]) == interval(found["right"], 5)
+    assert found["n"] == 5 and (found["low"], found["high"]) == wilson_interval(found["right"], 5)
     rows = rows_of(tmp_path / "a")
     assert {row["n_context"] for row in rows if row["length"]} == {700}
     assert all(row["n_read"] > row["n_context"] == row["n_bytes"] for row in rows), "a token is a byte here"
@@ -164,6 +164,6 @@ def test_a_random_guesser_lies_within_its_interval() -> None:
     rng, held = Random(0), 0
     for _ in range(400):
         right = sum(rng.random() < 1 / 6 for _ in range(100))
-        low, high = interval(right, 100)
+        low, high = wilson_interval(right, 100)
         held += low <= 1 / 6 <= high
     assert 0.91 < held / 400 < 0.985
