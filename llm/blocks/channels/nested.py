@@ -259,11 +259,20 @@ class NestedChannel(ChannelMixer):
             joined = project_joined(x, self.gate, self.up)
             if joined is None:
                 return ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        elif self._laid_out() and not torch.is_grad_enabled():
+            # Putting the slices together would cost more than two products of few rows.
+            gate, up = (F.linear(x, part.weight[:n], _first(part.bias, n)) for part in (self.gate, self.up))
+            return ACTIVATIONS[self.activation](gate) * up
         else:
             weight = torch.cat([self.gate.weight[:n], self.up.weight[:n]])
             bias = None if self.up.bias is None else torch.cat([self.gate.bias[:n], self.up.bias[:n]])
             joined = F.linear(x, weight, bias)
         return gated(joined, self.activation)
+
+    def _laid_out(self) -> bool:
+        """Whether the model has been made ready for generation."""
+        gate = self.gate
+        return type(gate) is DenseLinear and (gate.may_join or gate.joined is not None)
 
     def _idle(self, seq: SeqInfo, hidden: Tensor) -> Tensor:
         """[H] bool: units beyond the width."""
