@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import CrossEntropy, CrossEntropyForm, linear_cross_entropy
 from llm.blocks.base import linear_init
+from llm.blocks.linears.dense import linear
 from llm.core.batch import IGNORE
 from llm.core.init import Init, constant, init_specs
 from llm.core.seq import SeqInfo
@@ -18,9 +19,6 @@ from llm.core.state import CompositeState, DecodeState
 from llm.models.block import Block
 from llm.models.config import ModelConfig
 from llm.models.output import Output
-
-FEW_ROWS = 64
-"""Up to this many rows, and from 3 on, a CPU takes logits faster with the table in front of the product."""
 
 
 class DecoderLike(Protocol):
@@ -159,14 +157,8 @@ class OutputHead(nn.Module):
         if labels is not None:
             form = CrossEntropyForm(ignore_index=IGNORE, z_loss=z_loss, softcap=self.softcap, chunk=chunk)
             return linear_cross_entropy(hidden, self.weight, labels, form, bias=self.bias)
-        logits = self._logits(hidden)
+        logits = linear(hidden, self.weight, self.bias)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        few = hidden.dim() == 2 and 2 < hidden.shape[0] <= FEW_ROWS and hidden.device.type == "cpu"
-        if few and self.bias is None and not torch.is_grad_enabled():
-            return (self.weight @ hidden.t()).t().contiguous()
-        return F.linear(hidden, self.weight, self.bias)
 
     def init_spec(self) -> dict[str, Init]:
         return {"weight": self.init, "bias": constant(0.0)}

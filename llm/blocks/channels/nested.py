@@ -238,6 +238,9 @@ class NestedChannel(ChannelMixer):
         self.widths = tuple(widths)
         self.d_hidden = self.width = widths[-1]
         self.sliced = sliced
+        for part in (gate, up):
+            if type(part) is DenseLinear:
+                part.by_output = True
 
     def forward(self, x: Tensor, seq: SeqInfo, state: DecodeState | None = None) -> Tensor:
         if not self.sliced:
