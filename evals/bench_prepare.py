@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from evals.command import run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -205,8 +207,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"bench_prepare: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "bench_prepare")

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.command import run_command
 from llm.core.errors import UserError
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
@@ -208,8 +209,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         sys.exit(0)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"listops: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "listops")

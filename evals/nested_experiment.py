@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.command import run_command
 from evals.consistency import windows
 from evals.text import open_text
 from llm.checkpoint import load_meta, load_model_tensors, resolve_checkpoint
@@ -234,8 +235,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         sys.exit(0)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"nested_experiment: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "nested_experiment")

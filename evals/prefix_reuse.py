@@ -16,7 +16,6 @@ import asyncio
 import json
 import platform
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from evals.command import run_command
 from evals.serve_load import PATH, TOO_LONG, metric, running_server, write_tiny_run
 from llm.config.base import Config, Count
 from llm.config.load import load_config
@@ -156,8 +156,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"prefix_reuse: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "prefix_reuse")

@@ -29,6 +29,7 @@ import psutil
 import torch
 from pydantic import Field
 
+from evals.command import run_command
 from llm.checkpoint import Checkpointer, TrainState
 from llm.config.base import Config
 from llm.config.load import load_config
@@ -294,8 +295,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"serve_load: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "serve_load")

@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from evals.command import run_command
 from llm.config.base import Config, Count
 from llm.config.load import config_hash, load_config
 from llm.core.errors import UserError
@@ -223,8 +224,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"streaming: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "streaming")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
 from evals.babilong.story import NAMES, Story, find_real, read_stories
 from evals.babilong.worlds import simulate
+from evals.command import run_command
 from llm.core.errors import UserError
 
 
@@ -107,8 +107,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"facts_table: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "facts_table")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from random import Random
@@ -31,6 +30,7 @@ from evals.babilong.forms import FinetunedForm
 from evals.babilong.sampler import Hidden, Sampler
 from evals.babilong.story import NAMES
 from evals.babilong.worlds import simulate
+from evals.command import run_command
 from evals.synthetic.base import Examples, TokenTask
 from evals.synthetic.train import TrainSettings, fit
 from evals.synthetic.train import evaluate as score
@@ -264,8 +264,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"babilong.train: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "babilong.train")

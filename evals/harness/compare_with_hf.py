@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from evals.command import run_command
 from evals.harness.local_tasks import TASKS, read_library, write_tasks
 from evals.harness.run import import_lm_eval
 from llm.checkpoint import Checkpointer, TrainState
@@ -193,4 +194,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main, "compare_with_hf")

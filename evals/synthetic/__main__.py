@@ -30,11 +30,10 @@ Exit codes: 0 done, 2 a mistake in the arguments.
 from __future__ import annotations
 
 import json
-import sys
 
+from evals.command import run_command
 from evals.synthetic.base import TASKS
 from evals.synthetic.run import load, run, table
-from llm.core.errors import UserError
 
 
 def usage() -> str:
@@ -55,8 +54,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"synthetic: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "synthetic")
