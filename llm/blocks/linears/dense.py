@@ -110,12 +110,13 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor | None:
 def let_join(model: nn.Module) -> None:
     """For inference: layers that are applied together may put their weights into one tensor when they first are, which
     saves copying them at every step; on a CPU all weights lie input by input, which a product with few rows reads up to
-    twice as fast. Names, values and in-place changes of the parameters stay as they are."""
+    twice as fast. Names, values and in-place changes of the parameters stay as they are, but the parameters are not
+    contiguous any more: who writes them to a file makes them so. Calling it again changes nothing."""
     for module in model.modules():
         if type(module) is DenseLinear:
             module.may_join = module.joined is None
             apart = module.by_output or hasattr(module.weight, "device_mesh")
-            if module.weight.device.type == "cpu" and not apart:
+            if module.weight.device.type == "cpu" and not apart and module.weight.stride(0) != 1:
                 module.weight.data = _by_input(module.weight.data)
 
 
