@@ -37,9 +37,8 @@ class KVState(KeyValueState):
         device: torch.device | str,
     ) -> None:
         super().__init__(batch, capacity, device=device)
-        self.reserved: Tensor | None = (
-            None  # slots that compiled code reads: a size it knows from a tensor, not a number
-        )
+        # Slots that compiled code reads, [n] int64: it may know a size from a tensor, but not from a number.
+        self.reserved: Tensor | None = None
         self.k = torch.zeros(batch, 0, n_kv_heads, d_key, dtype=dtype, device=device)
         self.v = torch.zeros(batch, 0, n_kv_heads, d_value or d_key, dtype=dtype, device=device)
 
