@@ -23,6 +23,7 @@ from llm.generate.load import DTYPES, load_model, pick_device
 from llm.generate.prefix import fingerprint
 from llm.generate.sampling import Sampling
 from llm.models.decoder import DecoderLike
+from llm.train.hardware import peak_memory
 
 
 class Evaluation:
@@ -125,6 +126,7 @@ def run(options: BabilongOptions) -> dict[str, Any]:
     for file in report.write(summary, out, path.resolve().name):
         print(f"wrote {file}", file=sys.stderr)
     print(report.table(summary), file=sys.stderr)
+    print(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB", file=sys.stderr)
     return summary
 
 
