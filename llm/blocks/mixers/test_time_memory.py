@@ -156,7 +156,8 @@ class MemoryLayerConfig(MixerConfig):
         "y_t = M_t(φ(q_t)); presets switch the parts on and off, from linear attention to ATLAS",
         use="Long contexts at a constant state; linear recurrences, Titans and ATLAS compared on equal terms.",
         weakness="Slower than attention at ordinary lengths, by orders of magnitude with one Newton-Schulz per token; "
-        "recall in context stays below attention's, and a model must be run with the chunk it was trained with.",
+        "recall in context stays below attention's, and a model must be run with the chunk it was trained with. "
+        "Newton-Schulz raises singular values near rounding to the size of large ones, so that fp32 tells cuts apart.",
     ),
 )
 class MemoryConfig(MemoryLayerConfig):

@@ -38,7 +38,8 @@ EPS = 1e-5
     about=About(
         equation="x ← x + Aᵀφ(W_Q x) / zᵀφ(W_Q x) before each layer; A ← A + Σ β k(v − Aᵀk/zᵀk)ᵀ after each segment",
         use="Contexts of any length in constant memory with far more room than RMT's few vectors: facts by key.",
-        weakness="Segments run one after another; recall of many pairs takes a long curriculum.",
+        weakness="Segments run one after another; recall of many pairs takes a long curriculum. What is recalled is "
+        "divided by z · φ(q), which is near zero where φ(q) meets few keys, and amplifies rounding.",
     ),
 )
 class ARMTConfig(RecurrentConfig):
