@@ -1,6 +1,7 @@
 """Speed of generation: plain decoding beside transformers' `generate` on the exported model, and beside drafters.
 
 All implementations of a comparison take turns in one process on the same prompts, greedy, past the end of texts.
+Models whose weights are rounded may say other tokens than the plain one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from llm.checkpoint.hf import ExportOptions, export_hf
 from llm.config.base import Config
 from llm.core.errors import UserError
 from llm.generate import Engine, Sampling
-from llm.generate.load import Loaded, load_model, pick_device
+from llm.generate.load import DTYPES, Loaded, load_model, pick_device
+from llm.generate.quantize import Quantize, parameter_bytes
 from llm.generate.speculation import make_draft_length, make_drafter
 from llm.train.callbacks.environment import git_revision, versions
 from llm.train.hardware import device_name
@@ -37,7 +39,9 @@ class GenerateBenchConfig(Config):
     pieces of prompt_tokens tokens are cut at even distances. batch: prompts at once. new_tokens: of each prompt.
     rounds: times that all implementations take turns after one that is not counted; the median is told.
 
-    compile: also with the step compiled. peer: transformers' `generate` on the exported model. drafters: as `generate
+    precision: of the weights and of what is computed; "plain" is the first one, which drafters and the peer have too.
+    quantize: also with the matrices in eight bits, at each precision. compile: also with the step compiled, each of
+    these. peer: transformers' `generate` on the exported model. drafters: as `generate
     --speculate` takes them, each with every one of draft_tokens.
     """
 
@@ -48,6 +52,8 @@ class GenerateBenchConfig(Config):
     new_tokens: int = Field(128, ge=2)
     batch: Annotated[list[int], BeforeValidator(_as_list)] = Field([1], min_length=1)
     rounds: int = Field(3, ge=1)
+    precision: Annotated[list[Literal["fp32", "bf16"]], BeforeValidator(_as_list)] = Field(["fp32"], min_length=1)
+    quantize: Annotated[list[Literal["int8", "fp8"]], BeforeValidator(_as_list)] = []
     compile: bool = False
     peer: Literal["none", "transformers"] = "none"
     drafters: Annotated[list[str], BeforeValidator(_as_list)] = []
@@ -60,7 +66,8 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
     """One record for each batch size and implementation, the plain one first."""
     torch.set_num_threads(config.num_threads)
     device = pick_device(config.device)
-    loaded = load_model(config.run, device=device)
+    models = dict(_models(config, device))
+    loaded = models["plain"]
     context = config.prompt_tokens + config.new_tokens
     if context > loaded.model.config.max_seq_len:
         raise UserError(
@@ -71,12 +78,15 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="manyformer-bench-") as folder:
         peer = _peer(loaded, Path(folder), config.new_tokens) if config.peer == "transformers" else None
         for batch in config.batch:
-            engines = {"plain": Engine(loaded.model, max_batch=batch)}
+            engines = {name: Engine(each.model, max_batch=batch) for name, each in models.items()}
             if config.compile:
-                engines["compiled"] = Engine(loaded.model, max_batch=batch, compile=True)
+                for name, each in models.items():
+                    compiled = "compiled" if name == "plain" else f"{name} compiled"
+                    engines[compiled] = Engine(each.model, max_batch=batch, compile=True)
             for name in config.drafters:
                 for n in config.draft_tokens:
-                    drafter = make_drafter(name, loaded.model, loaded.tokenizer, device=device)
+                    dtype = DTYPES[config.precision[0]]
+                    drafter = make_drafter(name, loaded.model, loaded.tokenizer, device=device, dtype=dtype)
                     length = make_draft_length(str(n))
                     engines[f"{name} {n}"] = Engine(loaded.model, max_batch=batch, drafter=drafter, draft_length=length)
             runs: dict[str, Run] = {name: _own(engine, sampling) for name, engine in engines.items()}
@@ -85,6 +95,16 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
             found = take_turns(runs, prompts, batch, config.rounds)
             for name, (seconds, outputs) in found.items():
                 yield _record(config, batch, name, seconds, outputs, found, engines.get(name), device)
+
+
+def _models(config: GenerateBenchConfig, device: torch.device) -> Iterator[tuple[str, Loaded]]:
+    """The model at each precision and with each kind of eight-bit matrices, the plain one first."""
+    for precision in config.precision:
+        kinds: list[Quantize] = ["none", *config.quantize]
+        for quantize in kinds:
+            words = [word for word in (precision, quantize) if word not in (config.precision[0], "none")]
+            loaded = load_model(config.run, device=device, dtype=DTYPES[precision], quantize=quantize)
+            yield " ".join(words) or "plain", loaded
 
 
 def cut_prompts(config: GenerateBenchConfig, loaded: Loaded) -> Prompts:
@@ -173,6 +193,7 @@ def _record(
         "tokens_per_second": round(n_tokens / median, 1),
         "slowest_to_fastest": [round(n_tokens / s, 1) for s in sorted(seconds, reverse=True)],
         "times_plain": round(statistics.median(plain[0]) / median, 3),
+        **({} if engine is None else {"parameter_bytes": parameter_bytes(engine.model)}),
         "same_tokens": outputs == plain[1],
         "share_of_same_tokens": round(
             sum(a == b for mine, other in zip(outputs, plain[1]) for a, b in zip(mine, other)) / n_tokens, 4

@@ -14,11 +14,13 @@ Keys: shapes seq_len batch micro_batch_size steps warmup precision compile activ
       checkpoint verify peer tolerance seed; or a YAML file with them.
 
   python launch/bench.py generate run=runs/quickstart text=README.md batch=[1,8] --peer transformers
+  python launch/bench.py generate run=runs/quickstart text=README.md precision=[fp32,bf16] quantize=[int8]
   python launch/bench.py generate run=runs/nested-0.6m text=README.md drafters=[slice:1/8,lookup] draft_tokens=[1,2,4,8]
 
 generate: greedy decoding of pieces of a text by all implementations in turns; "times_plain" is the speed relative to
 plain decoding, "same_tokens" whether the output is that of plain decoding.
-Keys: run text n_prompts prompt_tokens new_tokens batch rounds peer drafters draft_tokens num_threads device
+Keys: run text n_prompts prompt_tokens new_tokens batch rounds precision quantize compile peer drafters draft_tokens
+      num_threads device
 
 train: the whole trainer is timed: loader, loss, optimizer, metrics and, unless checkpoint=false, one background save.
 "correct" is true when all losses are finite and the first ones equal those of the plain path (fp32, eager, reference

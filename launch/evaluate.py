@@ -9,7 +9,7 @@ document; without it, the run's own held-out data. Each document is scored by it
 once, with a sliding window. --compressors prints gzip -9, bz2 -9 and xz -9 on the same bytes beside the model.
 
 The result is one JSON line on stdout, and in the run's folder: evaluate.json for its own data, evaluate-NAME.json for
-other DATA; for a slice with -WIDTH in the name, or -mixed-HASH where the layers differ.
+other DATA; for a slice with -WIDTH in the name, or -mixed-HASH where the layers differ; with quantize= its value.
 
 keys:
   split=valid         of prepared data
@@ -18,6 +18,7 @@ keys:
   stride=half         tokens by which the window moves: half or full of its length, or a number
   context=            window length (default: the model's max_seq_len)
   precision=          fp32 or bf16 (default: as the run was trained; fp32 for a Hugging Face model)
+  quantize=none       int8 or fp8: eight bits a weight for the matrices of the layers (needs torchao)
   batch_tokens=16384  tokens that run together
   max_documents=      only the first ones
   device=auto         auto, cpu or cuda
@@ -41,7 +42,7 @@ it; the summary as one JSON line on stdout. A folder never takes results of othe
   prompts.file=       official texts (prompts.py or JSON); prompts.instruction, examples, post_prompt=true,
                       prompts.answer_prefix
   batch=8  chunk=1024 samples that run together, tokens that are read at once
-  precision= device= tokenizer= num_threads=  as above
+  precision= quantize= device= tokenizer= num_threads=  as above
   out=                folder of results (default: RUN/babilong)
 harness: tasks of lm-evaluation-harness (docs/evaluation.md), results in RUN/harness. Its keys:
   run= tasks=         RUN as above; names of tasks
@@ -52,7 +53,7 @@ harness: tasks of lm-evaluation-harness (docs/evaluation.md), results in RUN/har
   batch_size=auto     requests that run together; auto: as many as batch_tokens=16384 allows
   chunk=1024          tokens of contexts that are read at once
   add_bos_token=false begin each context as a document
-  seed=0 precision=fp32 device=auto tokenizer= num_threads= out=
+  seed=0 precision=fp32 quantize=none device=auto tokenizer= num_threads= out=
 
 retrieval: needles, variable tracking, common words and recall in long prompts (docs/evaluation.md), results in
 RUN/retrieval; the same command adds what is missing there. Its keys:
@@ -64,7 +65,7 @@ RUN/retrieval; the same command adds what is missing there. Its keys:
   depths=             where the first needle stands, in turn, 0 to 1 (default: drawn)
   essays=             UTF-8 texts as background (default: the standard library's docstrings)
   batch=8 chunk=1024  samples that run together, tokens that are read at once
-  precision=fp32 device=auto tokenizer= num_threads= out=
+  precision=fp32 quantize=none device=auto tokenizer= num_threads= out=
 
 examples:
   python launch/evaluate.py runs/quickstart --compressors
@@ -92,6 +93,7 @@ from launch._cli import Parser, run
 from llm.config.base import Count
 from llm.config.load import load_config
 from llm.core.errors import UserError
+from llm.generate.quantize import Quantize
 from llm.models.nesting import SliceOptions
 
 
@@ -102,6 +104,7 @@ class EvaluateOptions(SliceOptions):
     stride: Literal["half", "full"] | Count = "half"
     context: int | None = Field(None, ge=2)
     precision: Literal["fp32", "bf16"] | None = None
+    quantize: Quantize = "none"
     batch_tokens: Count = Field(16384, ge=1)
     max_documents: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -169,13 +172,14 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     from evals.perplexity import compressors_bits_per_byte, evaluate_documents
     from evals.text import open_text
     from llm.generate.load import data_folders, load_model, pick_device
+    from llm.generate.quantize import parameter_bytes
     from llm.models.extract import plain_config
     from llm.models.nesting import set_widths, slice_suffix
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     device = pick_device(options.device)
-    model, tokenizer, tree = load_model(path, device=device, tokenizer=options.tokenizer)
+    model, tokenizer, tree = load_model(path, device=device, tokenizer=options.tokenizer, quantize=options.quantize)
     widths = options.of(model.config)
     set_widths(model, widths)
     paths = data or data_folders(tree)[:1]
@@ -198,6 +202,7 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
         )  # fmt: skip
     result: dict[str, Any] = {"model": str(path), "data": texts.name, **score.to_dict()}
     result |= {"params": sum(p.numel() for p in model.parameters()), "device": str(device), "torch": torch.__version__}
+    result |= {"quantize": options.quantize, "parameter_bytes": parameter_bytes(model)}
     if widths is not None:
         result |= {"widths": widths, "params": plain_config(model.config, widths).cost().total.params}
     result["tokens_per_second"] = round(score.n_tokens / max(score.seconds, 1e-9), 1)
@@ -206,7 +211,8 @@ def evaluate(path: Path, data: list[str], options: EvaluateOptions, *, compresso
     print(_table(result), file=sys.stderr)
     own = not data or data == data_folders(tree)[:1]
     name = "evaluate" if own else f"evaluate-{Path(data[0]).stem}"
-    _write(path, tree, options, result, f"{name}{slice_suffix(widths)}.json")
+    bits = f"-{options.quantize}" if options.quantize != "none" else ""
+    _write(path, tree, options, result, f"{name}{slice_suffix(widths)}{bits}.json")
     return result
 
 

@@ -32,6 +32,7 @@ keys:
   slice=                  of a nested model: share of its hidden units such as 1/4, or a list with one per layer
   widths=                 the same in hidden units
   precision=fp32          or bf16
+  quantize=none           int8 or fp8: eight bits a weight for the matrices of the layers (needs torchao)
   device=auto             auto, cpu or cuda
   context=                most tokens of prompt and output (default: the model's max_seq_len)
   max_batch=32            prompts that run together
@@ -67,6 +68,7 @@ from pydantic import Field
 from launch._cli import Parser, run
 from llm.config.load import load_config
 from llm.core.errors import UserError
+from llm.generate.quantize import Quantize
 from llm.generate.sampling import Sampling
 from llm.models.nesting import SliceOptions
 
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
 SMALL = 100_000_000
 """Parameters times sequences below which the threads of one step would wait for one another longer than they work."""
 
-READING = {"context", "device", "lines", "num_threads", "precision", "slice", "tokenizer", "widths"}
+READING = {"context", "device", "lines", "num_threads", "precision", "quantize", "slice", "tokenizer", "widths"}
 """Keys that bear on how a prompt is read."""
 
 
@@ -108,6 +110,7 @@ class GenerateOptions(Sampling, SliceOptions):
     jsonl: bool = False
     lines: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    quantize: Quantize = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = Field(None, ge=2)
     max_batch: int = Field(32, ge=1)
@@ -158,7 +161,11 @@ def main(argv: list[str]) -> None:
 
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
-        given.model, device=device, dtype=DTYPES[options.precision], tokenizer=options.tokenizer
+        given.model,
+        device=device,
+        dtype=DTYPES[options.precision],
+        tokenizer=options.tokenizer,
+        quantize=options.quantize,
     )
     set_widths(model, options.of(model.config))
     n_params = sum(p.numel() for p in model.parameters())

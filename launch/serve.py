@@ -31,6 +31,7 @@ keys:
   shutdown_timeout=10      seconds that running requests get when the server is stopped
   slice=  widths=          of a nested model: what part of it to serve, as for generate
   precision=fp32           or bf16
+  quantize=none            int8 or fp8: eight bits a weight for the matrices of the layers (needs torchao)
   device=auto              auto, cpu or cuda
   context=                 most tokens of prompt and output (default: the model's max_seq_len)
   tokenizer=               folder of the tokenizer, if it does not lie with the model
@@ -58,6 +59,7 @@ from launch._cli import Parser, run
 from llm.config.base import Count
 from llm.config.load import load_config
 from llm.core.errors import UserError
+from llm.generate.quantize import Quantize
 from llm.models.nesting import SliceOptions
 from llm.serve.config import Limits
 
@@ -76,6 +78,7 @@ class ServeOptions(Limits, SliceOptions):
     cache: Literal["auto", "contiguous", "paged"] = "auto"
     page_size: int = Field(16, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    quantize: Quantize = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
@@ -119,7 +122,9 @@ def main(argv: list[str]) -> int:
 
     listener = bind(options.host, options.port)
     device, dtype = pick_device(options.device), DTYPES[options.precision]
-    model, tokenizer, _ = load_model(given.model, device=device, dtype=dtype, tokenizer=options.tokenizer)
+    model, tokenizer, _ = load_model(
+        given.model, device=device, dtype=dtype, tokenizer=options.tokenizer, quantize=options.quantize
+    )
     set_widths(model, options.of(model.config))
     small = sum(p.numel() for p in model.parameters()) * options.max_batch < SMALL
     torch.set_num_threads(options.num_threads or (1 if small else torch.get_num_threads()))

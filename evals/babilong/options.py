@@ -12,6 +12,7 @@ from evals.babilong.prompts import PromptConfig
 from evals.babilong.story import NAMES
 from llm.config.base import Config, Count
 from llm.core.errors import UserError, unknown_name
+from llm.generate.quantize import Quantize
 
 
 def _listed(value: object) -> object:
@@ -33,6 +34,7 @@ class BabilongOptions(Config):
     background: BackgroundConfig = BackgroundConfig()
     prompts: PromptConfig = PromptConfig()
     precision: Literal["fp32", "bf16"] | None = None
+    quantize: Quantize = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tokenizer: str | None = None
     batch: int = Field(8, ge=1)

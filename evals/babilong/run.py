@@ -21,6 +21,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.generate.engine import Engine
 from llm.generate.load import DTYPES, load_model, pick_device
 from llm.generate.prefix import fingerprint
+from llm.generate.quantize import quantize_model
 from llm.generate.sampling import Sampling
 from llm.models.decoder import DecoderLike
 from llm.train.hardware import peak_memory
@@ -103,6 +104,8 @@ def run(options: BabilongOptions) -> dict[str, Any]:
     model, tokenizer, tree = load_model(path, device=device, tokenizer=options.tokenizer)
     precision = options.precision or tree.get("train", {}).get("precision") or "fp32"
     model.to(DTYPES[precision])
+    if options.quantize != "none":
+        print(quantize_model(model, options.quantize), file=sys.stderr)
     evaluation = Evaluation(options, model, tokenizer)
     evaluation.check()
     background = evaluation.background
@@ -118,6 +121,7 @@ def run(options: BabilongOptions) -> dict[str, Any]:
         "model": fingerprint(model)[:16],
         "trained_length": tree.get("data", {}).get("seq_len") or model.config.max_seq_len,
         "precision": precision,
+        **({"quantize": options.quantize} if options.quantize != "none" else {}),
         "device": str(device),
     }
     folder = Folder.open(out, conditions)

@@ -25,6 +25,7 @@ from llm.config.load import validate
 from llm.core.errors import UserError
 from llm.generate.engine import Engine
 from llm.generate.load import DTYPES, load_model, pick_device
+from llm.generate.quantize import Quantize
 from llm.generate.sampling import Sampling
 from llm.generate.text import TextStream
 
@@ -37,7 +38,8 @@ class ManyformerLM(TemplateLM):
     """checkpoint: a run folder, a checkpoint or a folder of a Hugging Face model. tokenizer: its folder, where it does
     not lie there. max_length: most tokens of a text (default: the model's max_seq_len). batch_size: requests
     that run together, or auto: as many as batch_tokens allows. chunk: tokens of contexts read at once. precision: fp32
-    or bf16. add_bos_token: begin each context as a document. seed: of sampled outputs. num_threads: CPU threads.
+    or bf16. quantize: none, int8 or fp8 weights. add_bos_token: begin each context as a document. seed: of sampled
+    outputs. num_threads: CPU threads.
 
     With torchrun each process takes its share of the requests. n_truncated: requests of each kind that were cut;
     n_truncated_tokens: tokens that they lost.
@@ -56,6 +58,7 @@ class ManyformerLM(TemplateLM):
         chunk: int = 1024,
         device: str | None = "auto",
         precision: str = "fp32",
+        quantize: Quantize = "none",
         add_bos_token: bool = False,
         seed: int = 0,
         num_threads: int | None = None,
@@ -65,12 +68,14 @@ class ManyformerLM(TemplateLM):
             torch.set_num_threads(num_threads)
         if precision not in DTYPES:
             raise UserError(f"precision is {precision!r}; allowed: {', '.join(DTYPES)}")
-        self.checkpoint, self.precision, self.seed = str(checkpoint), precision, seed
+        self.checkpoint, self.precision, self.quantize, self.seed = str(checkpoint), precision, quantize, seed
         self.add_bos_token, self.max_gen_toks = add_bos_token, max_gen_toks
         self._device = _join(pick_device(device or "auto"))
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        loaded = load_model(checkpoint, device=self._device, dtype=DTYPES[precision], tokenizer=tokenizer)
+        loaded = load_model(
+            checkpoint, device=self._device, dtype=DTYPES[precision], tokenizer=tokenizer, quantize=quantize
+        )
         self.model, self.tokenizer, self.run_config = loaded
         self.max_length = max_length or self.model.config.max_seq_len
         if not 2 <= self.max_length <= (self.model.config.max_context or self.max_length):
@@ -231,6 +236,7 @@ class ManyformerLM(TemplateLM):
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": self.precision,
+            "quantize": self.quantize,
             "checkpoint": self.checkpoint,
             "max_length": self.max_length,
             "add_bos_token": self.add_bos_token,

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from llm.config.base import Config, Count
 from llm.core.errors import UserError
+from llm.generate.quantize import Quantize
 
 
 def _as_list(value: object) -> object:
@@ -38,6 +39,7 @@ class HarnessOptions(Config):
     chunk: Count = Field(1024, ge=1)
     add_bos_token: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    quantize: Quantize = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     num_threads: int | None = Field(None, ge=1)
@@ -69,8 +71,11 @@ def run_harness(options: HarnessOptions) -> dict[str, Any]:
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UserError(f"include_path is {options.include_path!r}, which is no folder; name one with YAML tasks")
     manager, names = _find_tasks(tasks, options)
-    own = ("tokenizer", "max_length", "batch_size", "batch_tokens", "chunk", "add_bos_token", "precision", "device")
-    model = ManyformerLM(options.run, **{name: getattr(options, name) for name in (*own, "seed", "num_threads")})
+    own = (
+        "tokenizer", "max_length", "batch_size", "batch_tokens", "chunk", "add_bos_token", "precision", "quantize",
+        "device", "seed", "num_threads",
+    )  # fmt: skip
+    model = ManyformerLM(options.run, **{name: getattr(options, name) for name in own})
     limit = int(options.limit) if options.limit is not None and options.limit >= 1 else options.limit
     found = evaluator.simple_evaluate(
         model,

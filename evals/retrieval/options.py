@@ -10,6 +10,7 @@ from evals.retrieval import needles, others
 from evals.retrieval.base import Task
 from llm.config.base import Config, Count
 from llm.core.errors import UserError, nearest
+from llm.generate.quantize import Quantize
 
 TASKS: dict[str, Task] = {**needles.TASKS, **others.TASKS}
 
@@ -34,6 +35,7 @@ class RetrievalOptions(Config):
     batch: Count = Field(8, ge=1)
     chunk: Count = Field(1024, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    quantize: Quantize = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tokenizer: str | None = None
     num_threads: int | None = Field(None, ge=1)
@@ -50,4 +52,5 @@ class RetrievalOptions(Config):
 
     def conditions(self) -> dict[str, Any]:
         """What a sample's result depends on, besides the model."""
-        return {"seed": self.seed, "depths": self.depths, "essays": self.essays, "precision": self.precision}
+        about = {"seed": self.seed, "depths": self.depths, "essays": self.essays, "precision": self.precision}
+        return about if self.quantize == "none" else {**about, "quantize": self.quantize}

@@ -41,7 +41,13 @@ def run_retrieval(options: RetrievalOptions) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("evaluate retrieval runs in one process; start it without torchrun")
     path, device = Path(options.run), pick_device(options.device)
-    model, tokenizer, _ = load_model(path, device=device, dtype=DTYPES[options.precision], tokenizer=options.tokenizer)
+    model, tokenizer, _ = load_model(
+        path,
+        device=device,
+        dtype=DTYPES[options.precision],
+        tokenizer=options.tokenizer,
+        quantize=options.quantize,
+    )
     most = model.config.max_context
     if most is not None and max(options.lengths) > most:
         raise UserError(f"lengths holds {max(options.lengths)}, the model's position table has {most}; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from llm.checkpoint.hf.build import build_model
 from llm.config.load import read_tree, resolve, validate
 from llm.core.errors import UserError
 from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.generate.quantize import Quantize, quantize_model
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder
 from llm.models.wrappers.base import Wrapper
@@ -35,10 +37,12 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
+    quantize: Quantize = "none",
 ) -> Loaded:
     """(model in evaluation mode, tokenizer, run config) of a run folder, a checkpoint or a Hugging Face folder.
 
-    tokenizer: folder of the tokenizer, where it does not lie with the model. UserError when anything is missing,
+    tokenizer: folder of the tokenizer, where it does not lie with the model. quantize: eight bits a weight for the
+    model's matrices; what that came to is told on stderr. UserError when anything is missing,
     damaged, or does not fit together.
     """
     path = Path(path)
@@ -58,6 +62,8 @@ def load_model(
             "give the tokenizer that it was trained with as tokenizer=FOLDER"
         )
     model = build_model(config, tensors, device=device, dtype=dtype, source=str(path))
+    if quantize != "none":
+        print(quantize_model(model, quantize), file=sys.stderr)
     let_join(model)
     return Loaded(model, found, tree)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.blocks.linears.dense import is_quantized
 from llm.core.errors import UserError
 from llm.core.state import DecodeState
 from llm.generate.prefill import prefill
@@ -116,7 +117,7 @@ def fingerprint(model: Any) -> str:
     digest.update(json.dumps([channel.width for channel in nested_channels(model)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
+        flat = (tensor.dequantize() if is_quantized(tensor) else tensor.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // N_SAMPLED)]
         digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()

@@ -61,6 +61,7 @@ OPTIONAL = (
     "starlette",
     "tensorboard",
     "timm",
+    "torchao",
     "torchvision",
     "transformers",
     "triton",

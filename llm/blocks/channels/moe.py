@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm.blocks.base import CHANNELS, BuildCtx, ChannelConfig, ChannelMixer, compute_dtype, linear_init
 from llm.blocks.channels.gated import GatedChannel, SwiGLUConfig
+from llm.blocks.linears.dense import is_quantized
 from llm.core.aux_loss import attach_aux
 from llm.core.cost import Cost, Dims, Mode
 from llm.core.errors import UserError
@@ -92,6 +93,7 @@ class MoE(ChannelMixer):
     balance [E]: the bias on the choice; load [E]: choices since the last optimizer step.
     """
 
+    matrices = ("gate", "up", "down")
     balance: Tensor
     load: Tensor
 
@@ -183,6 +185,10 @@ def _counts(chosen: Tensor, n_experts: int) -> Tensor:
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """rows[a:b] @ weight[e]^T for each expert e: rows [R, K] sorted by expert, weight [E, N, K], offsets [E] int32."""
+    if is_quantized(weight):
+        if not torch.compiler.is_compiling():
+            return _loop(rows, weight, offsets)
+        weight = weight.dequantize()
     weight = weight.to(rows.dtype)
     if rows.dtype == torch.bfloat16 and rows.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)

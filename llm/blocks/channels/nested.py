@@ -23,7 +23,7 @@ from llm.blocks.base import CHANNELS, BuildCtx, ChannelConfig, ChannelMixer, Ini
 from llm.blocks.channels.activations import ACTIVATIONS, gated
 from llm.blocks.channels.gated import GatedChannel, GatedConfig, GeGLUConfig, SwiGLUConfig
 from llm.blocks.channels.mlp import MLP, MLPConfig
-from llm.blocks.linears.dense import DenseLinear, project_joined
+from llm.blocks.linears.dense import DenseLinear, project_joined, quantized_linear
 from llm.core.errors import UserError
 from llm.core.registry import About
 from llm.core.seq import SeqInfo
@@ -250,13 +250,13 @@ class NestedChannel(ChannelMixer):
         hidden = self._hidden(x, n)
         if n == self.d_hidden:
             return self.down(hidden)
-        return F.linear(hidden, self.down.weight[:, :n], self.down.bias)
+        return self._linear(hidden, self.down, self.down.weight[:, :n], self.down.bias)
 
     def _hidden(self, x: Tensor, n: int) -> Tensor:
         """The first n hidden units, [..., n]."""
         whole = n == self.d_hidden
         if not self.is_gated:
-            up = self.up(x) if whole else F.linear(x, self.up.weight[:n], _first(self.up.bias, n))
+            up = self.up(x) if whole else self._linear(x, self.up, self.up.weight[:n], _first(self.up.bias, n))
             return ACTIVATIONS[self.activation](up)
         if whole:
             joined = project_joined(x, self.gate, self.up)
@@ -264,7 +264,7 @@ class NestedChannel(ChannelMixer):
                 return ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         elif self._laid_out() and not torch.is_grad_enabled():
             # Putting the slices together would cost more than two products of few rows.
-            gate, up = (F.linear(x, part.weight[:n], _first(part.bias, n)) for part in (self.gate, self.up))
+            gate, up = (self._linear(x, part, part.weight[:n], _first(part.bias, n)) for part in (self.gate, self.up))
             return ACTIVATIONS[self.activation](gate) * up
         else:
             weight = torch.cat([self.gate.weight[:n], self.up.weight[:n]])
@@ -272,10 +272,15 @@ class NestedChannel(ChannelMixer):
             joined = F.linear(x, weight, bias)
         return gated(joined, self.activation)
 
+    @staticmethod
+    def _linear(x: Tensor, part: DenseLinear, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of a piece of a part's weight."""
+        return quantized_linear(x, weight, bias) if part.quantized else F.linear(x, weight, bias)
+
     def _laid_out(self) -> bool:
         """Whether the model has been made ready for generation."""
         gate = self.gate
-        return type(gate) is DenseLinear and (gate.may_join or gate.joined is not None)
+        return type(gate) is DenseLinear and (gate.may_join or gate.joined is not None or gate.quantized)
 
     def _idle(self, seq: SeqInfo, hidden: Tensor) -> Tensor:
         """[H] bool: units beyond the width."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.blocks.base import LINEARS, InitConfig, LinearConfig, linear_init
+from llm.blocks.base import LINEARS, InitConfig, LinearConfig, compute_dtype, linear_init
 from llm.core.cost import Cost, matmul_cost
 from llm.core.init import Init, constant
 from llm.core.registry import About
@@ -41,10 +41,13 @@ class DenseLinear(nn.Module):
     may_join: whether the weight may move into one tensor with those of the layers that are applied beside it.
     joined: that tensor [sum of d_out, d_in], kept by the first of them, of whose rows their weights are views.
     by_output: the first of its outputs are also used by themselves, so the weights of an output stay together.
+    matrices: parameters that may be put into eight bits; quantized: whether they are (llm/generate/quantize.py).
     """
 
+    matrices = ("weight",)
     may_join = False
     by_output = False
+    quantized = False
     joined: Tensor | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, std: float, init: InitConfig) -> None:
@@ -55,7 +58,7 @@ class DenseLinear(nn.Module):
         self.init = init
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.weight, self.bias) if self.quantized else F.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> DenseLinear:
         self.joined = None  # on another device or in another dtype the weights part again
@@ -80,6 +83,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (weight @ x.flatten(0, -2).t()).t().contiguous().unflatten(0, x.shape[:-1])
 
 
+VERY_FEW_ROWS = 8
+"""Up to this many rows in bf16 a CPU is faster when it converts int8 weights as it multiplies by them."""
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether it is a tensor of torchao: small numbers `qdata` and, for each row, a `scale`."""
+    return hasattr(weight, "qdata")
+
+
+def quantized_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of a weight [d_out, d_in] of torchao, in the dtype of an ordinary linear layer."""
+    x = x.to(compute_dtype(x.device, x.dtype))
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.shape[-1])
+        if 0 < rows.shape[0] <= VERY_FEW_ROWS and _int8_kernel_fits(rows, weight.qdata):
+            y = torch._weight_int8pack_mm(rows, weight.qdata, weight.scale.flatten().to(x.dtype))
+            y = y.unflatten(0, x.shape[:-1])
+            return y if bias is None else y + bias.to(y.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _int8_kernel_fits(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's CPU kernel, which does not check, may read these rows and weights in steps of whole vectors."""
+    return (
+        weight.dtype == torch.int8
+        and weight.shape[0] % 4 == 0
+        and weight.shape[1] % 32 == 0
+        and rows.is_contiguous()
+        and weight.is_contiguous()
+        and rows.data_ptr() % 32 == weight.data_ptr() % 32 == 0
+    )
+
+
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """(linear(x) for each linear), in one matrix product where all are plain dense layers on one device; linears of one
     other class may share work through a method `project_all(x, linears)`."""
@@ -94,11 +130,15 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 def project_joined(x: Tensor, *linears: nn.Module) -> Tensor | None:
     """The outputs of several linears beside one another in one tensor, or None where they are not plain dense layers
-    (a weight that is split over devices stays apart, too).
+    (a weight that is split over devices or quantised stays apart, too).
 
     Their parameters stay apart, so that optimizers and checkpoints know each by its name; see `let_join`.
     """
-    dense = [part for part in linears if type(part) is DenseLinear and not hasattr(part.weight, "device_mesh")]
+    dense = [
+        part
+        for part in linears
+        if type(part) is DenseLinear and not part.quantized and not hasattr(part.weight, "device_mesh")
+    ]
     if len(dense) != len(linears) or len({linear.bias is None for linear in dense}) > 1:
         return None
     weight = _joined_weight(dense)
@@ -113,7 +153,7 @@ def let_join(model: nn.Module) -> None:
     twice as fast. Names, values and in-place changes of the parameters stay as they are, but the parameters are not
     contiguous any more: who writes them to a file makes them so. Calling it again changes nothing."""
     for module in model.modules():
-        if type(module) is DenseLinear:
+        if type(module) is DenseLinear and not module.quantized:
             module.may_join = module.joined is None
             apart = module.by_output or hasattr(module.weight, "device_mesh")
             if module.weight.device.type == "cpu" and not apart and module.weight.stride(0) != 1:
