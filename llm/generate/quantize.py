@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
 
 from llm.blocks.linears.dense import is_quantized
 from llm.core.errors import UserError
 from llm.core.init import clean_name
+from llm.models.decoder import Decoder
+from llm.models.wrappers.base import Wrapper
 
 Quantize = Literal["none", "int8", "fp8"]
 
@@ -26,7 +27,7 @@ STEERING = {"router", "gates"}
 """Parts whose matrices stay as they are, however wide."""
 
 NARROW = 8
-"""A matrix with so many times fewer outputs than inputs stays as it is."""
+"""A matrix whose outputs are so many times fewer than the model's width stays as it is."""
 
 
 SHOWN = 6
@@ -50,7 +51,7 @@ class Quantized(NamedTuple):
         return f"quantize={self.how}: {len(self.names)} matrices in 8 bits, all weights take {sizes}{left}"
 
 
-def quantize_model(model: nn.Module, how: Literal["int8", "fp8"]) -> Quantized:
+def quantize_model(model: Decoder | Wrapper, how: Literal["int8", "fp8"]) -> Quantized:
     """Put the matrices of a model into eight bits, in place and for inference alone. UserError where torchao is
     missing, the device has no such numbers, or there is nothing to quantise."""
     if how not in ("int8", "fp8"):
@@ -98,14 +99,14 @@ def _stored(parameter: Any) -> list[torch.Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def _matrices(model: Decoder | Wrapper) -> Iterator[tuple[str, Any, str]]:
     """(name of a parameter that is to have eight bits, module that owns it, name there)."""
     for name, module in model.named_modules():
         if STEERING & set(name.split(".")):
             continue
         for part in getattr(module, "matrices", ()):
             weight = module.get_parameter(part)
-            if weight.shape[-2] * NARROW > weight.shape[-1]:
+            if weight.shape[-2] * NARROW > model.config.d_model:
                 yield f"{name}.{part}", module, part
 
 

@@ -169,6 +169,13 @@ def test_fp8_is_the_nearest_float8() -> None:
     assert tokens(model) == tokens(written_out(model, exact))
 
 
+def test_wide_layers_are_quantized_on_their_way_back_too() -> None:
+    config = tiny_model(MIXERS.entry("attention").tiny(), CHANNELS.entry("mlp").tiny().replace(d_hidden=512))
+    found = quantize_model(fill(config.build("cpu"), dtype=torch.float32).eval(), "int8")
+    assert {"layers.0.channel.up.weight", "layers.1.channel.down.weight"} <= set(found.names)
+    assert found.left == ["embed.weight"]
+
+
 def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     for how, message in (("int4", "quantize is 'int4'; allowed: none, int8, fp8"), ("", "allowed: none, int8, fp8")):
         with pytest.raises(UserError, match=message):
