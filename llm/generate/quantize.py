@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
@@ -121,6 +122,8 @@ def _torchao() -> Any:
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)
+    # Of its tensors torch's cache of compiled code asks for what they do not have, and does without.
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
     try:
         import torchao.quantization
     except ImportError as error:

@@ -18,12 +18,14 @@ from llm.blocks.linears.dense import let_join, quantized_linear
 from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from llm.generate.decode_step import CompiledStep
+from llm.generate.draft_length import DraftLength
+from llm.generate.drafters import SelfDrafter
 from llm.generate.engine import Engine
 from llm.generate.load import load_model
 from llm.generate.prefix import Prefix
 from llm.generate.quantize import _check_device, quantize_model
 from llm.generate.sampling import Sampling
-from llm.models.nesting import nested_channels
+from llm.models.nesting import at_widths, nested_channels
 from tests.contracts.checks.harness import assert_same, fill, tiny_model
 from tests.contracts.test_speculative import PROMPTS
 from tests.unit.generate.runs import MODEL, write_run
@@ -74,6 +76,13 @@ def test_slices_of_a_nested_model(label: str, how: Any) -> None:
             channel.set_width(width)
         assert_same(logits(model), logits(plain), f"width {width}", 1e-5)
         assert not torch.allclose(logits(model), whole, rtol=1e-3)
+
+
+def test_a_quantized_slice_drafts() -> None:
+    model = tiny("nested_gated")
+    quantize_model(model, "int8")
+    drafter = SelfDrafter(model, lambda: at_widths(model, [6, 6]), "slice:1/4")
+    assert tokens(model, drafter=drafter, draft_length=DraftLength(3)) == tokens(model)
 
 
 @pytest.mark.parametrize("channel", ["swiglu", "moe"])
