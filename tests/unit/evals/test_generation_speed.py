@@ -38,6 +38,19 @@ def test_transformers_says_the_same(tmp_path: Path) -> None:
     )
 
 
+def test_precisions_and_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    pytest.importorskip("transformers")
+    found = {
+        str(r["implementation"]): r
+        for r in bench(tmp_path, precision=["bf16", "fp32"], quantize="int8", peer="transformers")
+    }
+    assert list(found) == ["plain", "int8", "fp32", "fp32 int8", "transformers"]
+    sizes = [found[name]["parameter_bytes"] for name in ("int8", "plain", "fp32 int8", "fp32")]
+    assert sizes[1] * 2 == sizes[3] and sizes[0] < sizes[2] < sizes[3]  # type: ignore[operator]
+    assert "parameter_bytes" not in found["transformers"]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
