@@ -50,21 +50,21 @@ class FinetunedForm:
         self.gen = int(tokenizer.encode(GEN)[0])
         self.max_new_tokens = longest_answer
 
-    def question(self, hidden: Hidden) -> list[int]:
-        """Tokens behind the context."""
-        return [*self.tokenizer.encode(f" {hidden.sample.question}"), self.gen]
+    def question(self, text: str) -> list[int]:
+        """Tokens of a question, which stand behind the context."""
+        return [*self.tokenizer.encode(f" {text}"), self.gen]
 
-    def answer(self, hidden: Hidden) -> list[int]:
-        """What is to be said, end of text included."""
-        return [*self.tokenizer.encode(hidden.sample.answer), self.tokenizer.eos_id]
+    def answer(self, text: str) -> list[int]:
+        """Tokens that are to be said, end of text included."""
+        return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
 
     def stream(self, hidden: Hidden) -> PromptStream:
         """The sample without its answer."""
-        return _around([], hidden, self.question(hidden))
+        return _around([], hidden, self.question(hidden.sample.question))
 
     def judge(self, hidden: Hidden, made: Completion) -> dict[str, Any]:
         """What was said, and whether it is exactly the answer."""
-        right = made.finish == "eos" and made.tokens == self.answer(hidden)[:-1]
+        right = made.finish == "eos" and made.tokens == self.answer(hidden.sample.answer)[:-1]
         return {"output": self.tokenizer.decode(made.tokens), "right": right, "right_fixed": right}
 
 

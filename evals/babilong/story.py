@@ -42,7 +42,8 @@ class Story:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with all facts before it. id: what it is known by in results."""
+    """One question with all facts before it. id: what it is known by in results. earlier: the questions that its story
+    asks before it, which are no part of the text that is tested."""
 
     id: str
     task: str
@@ -50,14 +51,18 @@ class Sample:
     question: str
     answer: str
     support: tuple[int, ...]
+    earlier: tuple[Question, ...] = ()
 
 
 def samples_of(task: str, name: str, story: Story) -> list[Sample]:
     """One sample for each question of a story, earlier questions left out."""
     return [
-        Sample(f"{task}/{name}/{number}", task, tuple(story.facts[: q.n_facts]), q.text, q.answer, q.support)
+        Sample(
+            f"{task}/{name}/{number}", task, tuple(story.facts[: q.n_facts]), q.text, q.answer, q.support,
+            tuple(story.questions[:number]),
+        )
         for number, q in enumerate(story.questions)
-    ]
+    ]  # fmt: skip
 
 
 def read_stories(path: str | Path) -> Iterator[Story]:

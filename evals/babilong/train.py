@@ -9,7 +9,9 @@ stage that was not ended.
   nice python -m evals.babilong.train configs/babilong/attention-qa1.yaml num_threads=1
 
 Each batch has one length, drawn uniformly from the multiples of `segment` tokens up to that of the stage. A stage ends
-early when train.stop_at is reached at its full length.
+early when train.stop_at is reached at its full length. With questions=all the earlier questions of a story are asked
+too, each with its answer, at a random place between the fact before it and the next one, as the stories of bAbI are
+told: several answers a sample to learn from. What is tested has one question, at its end.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from pydantic import Field, field_validator, model_validator
 
 from evals.babilong.background import Background, BackgroundConfig, open_background, read_documents
 from evals.babilong.forms import FinetunedForm
-from evals.babilong.sampler import Hidden, Sampler
-from evals.babilong.story import NAMES
+from evals.babilong.sampler import Hidden, Sampler, for_tests
+from evals.babilong.story import NAMES, Question
 from evals.babilong.worlds import simulate
 from evals.command import run_command
 from evals.synthetic.base import Examples, TokenTask
@@ -47,26 +49,34 @@ from llm.generate.load import pick_device
 from llm.models.config import ModelConfig
 
 STAGES = "stages.json"
+Questions = Literal["last", "all"]
 MONITOR_SEED = 1_000_003
 """Added to the seed for the samples by which a stage is ended: neither trained on nor of the test's fact lists."""
 
 
 class Stage(Config):
-    """length: most tokens of a sample, question and answer included. steps: at most."""
+    """length: most tokens of a sample, question and answer included. steps: at most. batch: samples of a step (None:
+    train.batch). lr: peak learning rate (None: train.lr). background: False hides the facts in no text; all samples are
+    then padded to `length`."""
 
     length: Count = Field(ge=32)
     steps: Count = Field(ge=1)
+    batch: Count | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    background: bool = True
 
 
 class BabilongTraining(Config):
-    """reserve: tokens of a length that are kept for question and answer. train: its `steps` are those of the stages.
-    tokenizer: where it is trained, on the background and on facts of all tasks."""
+    """questions: those of a sample's story that are trained on, the last one (as tested) or all. reserve: tokens of a
+    length that are kept for questions and answers. train: its `steps` are those of the stages. tokenizer: where it is
+    trained, on the background and on facts of all tasks."""
 
     name: str
     model: ModelConfig
     task: str = "qa1"
     stages: list[Stage] = Field(min_length=1)
     segment: Count = Field(512, ge=16)
+    questions: Questions = "last"
     reserve: Count = Field(20, ge=1)
     tokenizer: TokenizerConfig = TokenizerConfig(vocab_size=4096)
     background: BackgroundConfig = BackgroundConfig()
@@ -85,7 +95,7 @@ class BabilongTraining(Config):
     @model_validator(mode="after")
     def _fits(self) -> BabilongTraining:
         for stage in self.stages:
-            if stage.length % self.segment:
+            if stage.background and stage.length % self.segment:
                 raise UserError(f"a stage of {stage.length} tokens is no multiple of segment={self.segment}")
         if self.reserve >= self.segment:
             raise UserError(f"reserve={self.reserve} must be less than segment={self.segment}")
@@ -96,7 +106,7 @@ class BabilongTraining(Config):
 
 class FinetunedSamples(TokenTask):
     """Samples of one task as rows of token ids. Those of a training batch have one length, of so many segments at most
-    as fit in `length`; those of `valid` are of the full length."""
+    as fit in `length`; those of `valid` are of the full length and ask one question."""
 
     task: str
     length: int
@@ -104,6 +114,7 @@ class FinetunedSamples(TokenTask):
     reserve: int
     tokenizer: Any
     background: Any
+    questions: Questions = "last"
 
     @property
     def n_ids(self) -> int:
@@ -116,36 +127,62 @@ class FinetunedSamples(TokenTask):
     def longer(self, n_positions: int) -> FinetunedSamples:
         return self.replace(length=n_positions)
 
+    def at(self, stage: Stage) -> FinetunedSamples:
+        """Those of a stage."""
+        return self.replace(length=stage.length, background=self.background if stage.background else None)
+
     def chance(self) -> float:
         return 0.0
 
     def examples(self, seed: int, split: Literal["train", "valid"], start: int, count: int) -> Examples:
         length = self.length
-        if split == "train":
+        if split == "train" and self.background is not None:
             length = self.segment * Random(f"length/{seed}/{start}").randint(1, self.length // self.segment)
         tokenizer: Tokenizer = self.tokenizer
         seed += MONITOR_SEED if split == "valid" else 0
-        sampler = Sampler(self.task, length - self.reserve, tokenizer, self.background, split="train", seed=seed)
+        n_context = 0 if self.background is None else length - self.reserve
+        sampler = Sampler(self.task, n_context, tokenizer, self.background, split="train", seed=seed)
         form = FinetunedForm(tokenizer)
         inputs = np.full((count, length), tokenizer.eos_id, dtype=np.int64)
         answers = np.full((count, length), IGNORE, dtype=np.int64)
+        earlier = split == "train" and self.questions == "all"
         for row in range(count):
-            self._fill(form, sampler[start + row], inputs[row], answers[row])
+            self._fill(form, sampler[start + row], inputs[row], answers[row], earlier=earlier)
         return Examples(inputs, answers, answers != IGNORE, np.full(inputs.shape, -1))
 
-    def _fill(self, form: FinetunedForm, hidden: Hidden, inputs: np.ndarray, answers: np.ndarray) -> None:
+    def _fill(
+        self, form: FinetunedForm, hidden: Hidden, inputs: np.ndarray, answers: np.ndarray, *, earlier: bool = False
+    ) -> None:
         """One row; inputs [T] holds end of text behind the sample, where nothing is asked."""
-        context = np.concatenate(list(hidden.chunks(len(inputs))))
-        question, answer = form.question(hidden), form.answer(hidden)
-        ids = [*question, *answer[:-1]]
-        if len(context) + len(ids) > len(inputs):
-            raise UserError(
-                f"reserve={self.reserve} is too small: {hidden.sample.question!r} with its answer has {len(ids)} tokens"
-            )
-        inputs[: len(context)] = context
-        inputs[len(context) : len(context) + len(ids)] = ids
-        first = len(context) + len(question) - 1
-        answers[first : first + len(answer)] = answer
+        texts = [ids for ids, _ in hidden.pieces()]
+        asked = self._earlier(hidden) if earlier else []
+        asked.append((len(texts), Question(hidden.sample.question, hidden.sample.answer, 0, ())))
+        begin, at = 0, 0
+        for place, question in asked:
+            said = form.answer(question.answer)
+            ids = np.concatenate([*texts[begin:place], form.question(question.text), said])
+            end, begin = at + len(ids), place
+            if end > len(inputs) + 1:
+                key = "length" if self.background is None else f"reserve than {self.reserve}"
+                raise UserError(
+                    f"with {question.text!r} and its answer a sample has {end - 1} tokens, more than {len(inputs)}; "
+                    f"give a greater {key}"
+                )
+            inputs[at:end] = ids[: len(inputs) - at]
+            answers[end - len(said) - 1 : end - 1] = said
+            at = end
+
+    def _earlier(self, hidden: Hidden) -> list[tuple[int, Question]]:
+        """(piece of the context that it comes before, question), in order, but for those whose facts are for tests."""
+        sample, rng = hidden.sample, Random(f"earlier/{hidden.sample.id}")
+        pieces = [fact for _, fact in hidden.pieces()]
+        facts = [*(piece for piece, fact in enumerate(pieces) if fact is not None), len(pieces)]
+        places = [
+            (rng.randint(facts[q.n_facts - 1] + 1, facts[q.n_facts]), q)
+            for q in sample.earlier
+            if not for_tests(sample.facts[: q.n_facts])
+        ]
+        return sorted(places, key=lambda found: found[0])
 
 
 def make_tokenizer(config: BabilongTraining) -> Tokenizer:
@@ -175,7 +212,7 @@ def run(config: BabilongTraining) -> dict[str, Any]:
     )
     samples = FinetunedSamples(
         task=config.task, length=longest, segment=config.segment, reserve=config.reserve, tokenizer=tokenizer,
-        background=background,
+        background=background, questions=config.questions,
     )  # fmt: skip
     device = pick_device(config.train.device)
     model = model_config.build("cpu")
@@ -194,8 +231,10 @@ def run(config: BabilongTraining) -> dict[str, Any]:
     }
     checkpointer = Checkpointer(folder / "checkpoints", keep=1000, asynchronous=False, config_yaml=dump_yaml(tree))
     for number, stage in enumerate(config.stages[len(record["stages"]) :], start=len(record["stages"])):
-        settings = config.train.replace(steps=stage.steps)
-        own = samples.longer(stage.length)
+        settings = config.train.replace(
+            steps=stage.steps, batch=stage.batch or config.train.batch, lr=stage.lr or config.train.lr
+        )
+        own = samples.at(stage)
         label = f"{config.name}, {stage.length} tokens,"
         began = time.perf_counter()
         fitted = fit(own, model_config, settings, config.seed + number, label=label, model=model)
@@ -214,7 +253,7 @@ def run(config: BabilongTraining) -> dict[str, Any]:
         state = TrainState(model={clean_name(n): p.detach().cpu() for n, p in model.named_parameters()}, meta={})
         checkpointer.save(state, step=steps, tokens=0, kind="final", wait=True)
         _write(folder / STAGES, json.dumps(record, indent=1) + "\n")
-    last = samples.longer(config.stages[-1].length)
+    last = samples.at(config.stages[-1])
     found = score(model, last, config.train, config.seed, device)
     return record | {"parameters": sum(p.numel() for p in model.parameters()), "exact": found["exact"]}
 

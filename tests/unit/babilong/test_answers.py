@@ -152,7 +152,7 @@ def test_the_fine_tuned_form_asks_for_exactly_the_answer(background: Background)
     hidden = Sampler("qa2", 2000, tokenizer, background)[0]
     ids, answer = _read(form.stream(hidden)), tokenizer.encode(hidden.sample.answer)
     assert tokenizer.decode(ids[2000:]) == f" {hidden.sample.question}G"
-    assert form.answer(hidden) == [*answer, tokenizer.eos_id]
+    assert form.answer(hidden.sample.answer) == [*answer, tokenizer.eos_id]
     for made, right in (
         (Completion(answer, "eos"), True),
         (Completion(answer, "length"), False),
@@ -166,5 +166,5 @@ def test_the_fine_tuned_form_asks_for_exactly_the_answer(background: Background)
 def test_every_answer_fits_in_what_is_generated(task: str) -> None:
     tokenizer = BytesTokenizer()
     form = FinetunedForm(tokenizer)
-    longest = max(len(form.answer(Sampler(task, 0, tokenizer, None)[index])) for index in range(30))
+    longest = max(len(form.answer(Sampler(task, 0, tokenizer, None)[index].sample.answer)) for index in range(30))
     assert longest <= form.max_new_tokens

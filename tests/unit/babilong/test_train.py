@@ -14,7 +14,7 @@ import torch
 from evals.babilong.background import open_background
 from evals.babilong.forms import FinetunedForm
 from evals.babilong.sampler import Sampler, for_tests
-from evals.babilong.train import BabilongTraining, FinetunedSamples, main, make_tokenizer, run
+from evals.babilong.train import MONITOR_SEED, BabilongTraining, FinetunedSamples, Stage, main, make_tokenizer, run
 from evals.synthetic.train import predict
 from llm.config.load import load_config
 from llm.core.batch import IGNORE
@@ -74,7 +74,7 @@ def test_rows_are_the_samples_of_the_fine_tuned_form(books: Path, tmp_path: Path
     for row in range(4):
         hidden = sampler[10 + row]
         assert not for_tests(hidden.sample.facts)
-        answer = form.answer(hidden)
+        answer = form.answer(hidden.sample.answer)
         places = np.flatnonzero(found.answers[row] != IGNORE)
         assert found.answers[row][places].tolist() == answer
         whole = [i for part in form.stream(hidden).parts() for i in np.asarray(part).tolist()]
@@ -84,8 +84,54 @@ def test_rows_are_the_samples_of_the_fine_tuned_form(books: Path, tmp_path: Path
         assert (found.inputs[row][len(whole) + len(answer) - 1 :] == tokenizer.eos_id).all()
     again = samples.examples(3, "train", 10, 4)
     np.testing.assert_array_equal(again.inputs, found.inputs)
-    with pytest.raises(UserError, match="reserve=1 is too small"):
+    with pytest.raises(UserError, match="give a greater reserve than 1"):
         samples.replace(reserve=1).examples(0, "valid", 0, 1)
+
+
+def test_facts_alone_are_padded_to_the_length(books: Path, tmp_path: Path) -> None:
+    samples = samples_for(books, tmp_path).at(Stage(length=400, steps=1, background=False))
+    tokenizer, form = samples.tokenizer, FinetunedForm(samples.tokenizer)
+    found = samples.examples(0, "train", 5, 6)
+    assert found.inputs.shape == (6, 400)
+    sampler = Sampler("qa2", 0, tokenizer, None, split="train", seed=0)
+    for row in range(6):
+        whole = [i for part in form.stream(sampler[5 + row]).parts() for i in np.asarray(part).tolist()]
+        assert found.inputs[row][: len(whole)].tolist() == whole
+    with pytest.raises(UserError, match="tokens, more than 32; give a greater length"):
+        samples.replace(length=32).examples(0, "train", 0, 20)
+
+
+def test_earlier_questions_are_asked_among_the_facts(books: Path, tmp_path: Path) -> None:
+    samples = samples_for(books, tmp_path).replace(task="qa1", questions="all", reserve=80)
+    tokenizer, form = samples.tokenizer, FinetunedForm(samples.tokenizer)
+    found, n_asked, n_left_out = samples.examples(3, "train", 10, 30), 0, 0
+    gen = tokenizer.decode([form.gen])
+    length = found.inputs.shape[1]
+    sampler = Sampler("qa1", length - 80, tokenizer, samples.background, split="train", seed=3)
+    for row in range(30):
+        hidden = sampler[10 + row]
+        sample = hidden.sample
+        kept = [q for q in sample.earlier if not for_tests(sample.facts[: q.n_facts])]
+        n_asked, n_left_out = n_asked + len(kept), n_left_out + len(sample.earlier) - len(kept)
+        wanted = [form.answer(q.answer) for q in kept] + [form.answer(sample.answer)]
+        places = np.flatnonzero(found.answers[row] != IGNORE)
+        assert found.answers[row][places].tolist() == [i for answer in wanted for i in answer]
+        followed = np.append(found.inputs[row], tokenizer.eos_id)[places + 1]
+        np.testing.assert_array_equal(followed, found.answers[row][places])
+        text, at = tokenizer.decode(found.inputs[row].tolist()), 0
+        for number, fact in enumerate(sample.facts):
+            for question in (q for q in kept if q.n_facts == number):
+                at = text.index(f" {question.text}{gen}{question.answer}", at) + 1
+            at = text.index(f" {fact}", at) + 1
+        assert text.index(f" {sample.question}{gen}{sample.answer}", at)
+    assert n_asked > 30 and n_left_out > 0
+    tested, sampler = (
+        samples.examples(3, "valid", 0, 4),
+        Sampler("qa1", 112, tokenizer, samples.background, split="train", seed=3 + MONITOR_SEED),
+    )
+    for row in range(4):
+        said = tested.answers[row][tested.answers[row] != IGNORE]
+        assert said.tolist() == form.answer(sampler[row].sample.answer)
 
 
 def test_what_ends_a_stage_is_not_trained_on(books: Path, tmp_path: Path) -> None:
