@@ -1,9 +1,10 @@
-"""python -m evals.export_matrix [NAME ...]: every registered part, exported and run by transformers alone.
+"""python -m evals.export_matrix [python=PATH] [NAME ...]: every registered part, exported, run by transformers alone.
 
 Each variant of each mixer, channel, linear, norm, position, residual style and wrapper stands in a small model of
 random weights. The model is exported; one process that does not see this project loads all folders, computes logits at
 once and through the cache, generates 64 tokens from prompts of unequal length padded on the left, and saves the model
-again, which is loaded again and imported back. Prints a table in Markdown; exit code 1 if anything differs.
+again, which is loaded again and imported back. python: the interpreter of another environment for that process, which
+needs torch, transformers and safetensors. Prints a table in Markdown; exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evals.command import run_command
 from llm.blocks.base import CHANNELS, LINEARS, MIXERS, NORMS, POSITIONS, RESIDUALS
 from llm.checkpoint.hf import build_model, load_hf
 from llm.checkpoint.hf.export import write_json
@@ -111,7 +113,9 @@ def weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor, _ in init_specs(model)}
 
 
-def matrix(chosen: dict[tuple[str, str], ModelConfig], folder: Path) -> tuple[list[Row], list[str]]:
+def matrix(
+    chosen: dict[tuple[str, str], ModelConfig], folder: Path, python: str | None = None
+) -> tuple[list[Row], list[str]]:
     """(a row for each model, watched packages that the other process imported)."""
     jobs: list[dict[str, Any]] = []
     rows = [Row(kind, label) for kind, label in chosen]
@@ -136,7 +140,7 @@ def matrix(chosen: dict[tuple[str, str], ModelConfig], folder: Path) -> tuple[li
                 "save_to": str(folder / f"again-{number}"),
             }
         )
-    results, foreign = run(jobs)
+    results, foreign = run(jobs, python)
     for row, job, (config, tensors), result in zip(rows, jobs, held, results, strict=True):
         if "error" in result:
             row.error = result["error"]
@@ -173,9 +177,11 @@ def table(rows: Iterable[Row]) -> str:
 def main(argv: list[str]) -> int:
     """Run the command."""
     torch.set_num_threads(1)
-    chosen = {key: config for key, config in cases().items() if not argv or key[1].split("-")[0] in argv}
+    other = [word for word in argv if word.startswith("python=")]
+    names = [word for word in argv if word not in other]
+    chosen = {key: config for key, config in cases().items() if not names or key[1].split("-")[0] in names}
     with tempfile.TemporaryDirectory(prefix="export-matrix-") as folder:
-        rows, foreign = matrix(chosen, Path(folder))
+        rows, foreign = matrix(chosen, Path(folder), other[-1].removeprefix("python=") if other else None)
     print(table(rows))
     good = sum(row.good for row in rows)
     print(
@@ -185,4 +191,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main, "export_matrix")

@@ -20,19 +20,28 @@ WATCHED = ("pydantic", "omegaconf", "triton")
 """Packages of which it is told whether the process has imported them."""
 
 
-def run(jobs: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+def run(jobs: Sequence[Mapping[str, Any]], python: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """(one result for each job, watched packages that were imported); see `isolated.run` for the keys of a job.
 
-    UserError when the process itself fails; a job that fails has the key `error`.
+    python: the interpreter of another environment, whose packages are then used; None: this one's. UserError when the
+    process itself fails; a job that fails has the key `error`.
     """
-    paths = list(dict.fromkeys(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))))
+    paths = (
+        []
+        if python
+        else list(dict.fromkeys(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))))
+    )
     with tempfile.TemporaryDirectory(prefix="export-check-") as folder:
         request, answer = Path(folder) / "jobs.json", Path(folder) / "results.json"
         tree = {"paths": paths, "jobs": list(jobs), "threads": torch.get_num_threads(), "watched": WATCHED}
         request.write_text(json.dumps(tree))
         env = {**os.environ, "HF_MODULES_CACHE": f"{folder}/modules", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-I", "-S", isolated.__file__, str(request), str(answer)]
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+        command = [python, "-I"] if python else [sys.executable, "-I", "-S"]
+        command += [isolated.__file__, str(request), str(answer)]
+        try:
+            done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+        except OSError as error:
+            raise UserError(f"cannot start {command[0]} to check the export: {error.strerror}") from error
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise UserError(f"the check of the export in a process of its own failed: {last}")
