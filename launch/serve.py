@@ -32,6 +32,7 @@ keys:
   slice=  widths=          of a nested model: what part of it to serve, as for generate
   precision=fp32           or bf16
   quantize=none            int8 or fp8: eight bits a weight for the matrices of the layers (needs torchao)
+  pack=true                on a CPU in fp32 keep large weights twice, which makes 4 to 32 tokens at once faster
   device=auto              auto, cpu or cuda
   context=                 most tokens of prompt and output (default: the model's max_seq_len)
   tokenizer=               folder of the tokenizer, if it does not lie with the model
@@ -79,6 +80,7 @@ class ServeOptions(Limits, SliceOptions):
     page_size: int = Field(16, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     quantize: Quantize = "none"
+    pack: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
@@ -123,7 +125,12 @@ def main(argv: list[str]) -> int:
     listener = bind(options.host, options.port)
     device, dtype = pick_device(options.device), DTYPES[options.precision]
     model, tokenizer, _ = load_model(
-        given.model, device=device, dtype=dtype, tokenizer=options.tokenizer, quantize=options.quantize
+        given.model,
+        device=device,
+        dtype=dtype,
+        tokenizer=options.tokenizer,
+        quantize=options.quantize,
+        pack=options.pack,
     )
     set_widths(model, options.of(model.config))
     small = sum(p.numel() for p in model.parameters()) * options.max_batch < SMALL

@@ -68,3 +68,29 @@ def mark_any_length(tensor: torch.Tensor, dim: int = 0) -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and not torch.compiler.is_compiling():
         dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def packs_weights() -> bool:
+    """Whether weights can be kept in oneDNN's layout here."""
+    import torch
+
+    ops = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+
+
+def pack_weight(weight: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """A copy of a weight [d_out, d_in] in oneDNN's layout for products with about `n_rows` rows."""
+    import torch
+
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), n_rows)
+    return packed
+
+
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b of a packed weight."""
+    import torch
+
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y

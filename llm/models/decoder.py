@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import CrossEntropy, CrossEntropyForm, linear_cross_entropy
 from llm.blocks.base import linear_init
 from llm.blocks.linears.dense import linear
+from llm.blocks.linears.packed import Packed
 from llm.core.batch import IGNORE
 from llm.core.init import Init, constant, init_specs
 from llm.core.seq import SeqInfo
@@ -139,7 +140,10 @@ class TokenEmbedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """weight [V, D], which is the embedding's when tied; logits in the dtype of the hidden states."""
+    """weight [V, D], which is the embedding's when tied; logits in the dtype of the hidden states. packed: a copy of
+    the weight for a few rows on a CPU."""
+
+    packed: Packed | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -157,7 +161,11 @@ class OutputHead(nn.Module):
         if labels is not None:
             form = CrossEntropyForm(ignore_index=IGNORE, z_loss=z_loss, softcap=self.softcap, chunk=chunk)
             return linear_cross_entropy(hidden, self.weight, labels, form, bias=self.bias)
-        logits = linear(hidden, self.weight, self.bias)
+        logits = None
+        if self.packed is not None:
+            logits = self.packed.linear(hidden, self.weight, self.bias, [self.weight])
+        if logits is None:
+            logits = linear(hidden, self.weight, self.bias)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits
 
     def init_spec(self) -> dict[str, Init]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.blocks.base import LINEARS, InitConfig, LinearConfig, compute_dtype, linear_init
+from llm.blocks.linears.packed import Packed
 from llm.core.cost import Cost, matmul_cost
 from llm.core.init import Init, constant
 from llm.core.registry import About
@@ -41,6 +42,7 @@ class DenseLinear(nn.Module):
     may_join: whether the weight may move into one tensor with those of the layers that are applied beside it.
     joined: that tensor [sum of d_out, d_in], kept by the first of them, of whose rows their weights are views.
     by_output: the first of its outputs are also used by themselves, so the weights of an output stay together.
+    packed: a copy of the weight, or of the joined one, for a few rows on a CPU (llm/blocks/linears/packed.py).
     matrices: parameters that may be put into eight bits; quantized: whether they are (llm/generate/quantize.py).
     """
 
@@ -49,6 +51,7 @@ class DenseLinear(nn.Module):
     by_output = False
     quantized = False
     joined: Tensor | None = None
+    packed: Packed | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, std: float, init: InitConfig) -> None:
         super().__init__()
@@ -58,7 +61,11 @@ class DenseLinear(nn.Module):
         self.init = init
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.weight, self.bias) if self.quantized else F.linear(x, self.weight, self.bias)
+        if self.quantized:
+            return quantized_linear(x, self.weight, self.bias)
+        if self.packed is not None and (y := self.packed.linear(x, self.weight, self.bias, [self.weight])) is not None:
+            return y
+        return F.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> DenseLinear:
         self.joined = None  # on another device or in another dtype the weights part again
@@ -144,6 +151,9 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor | None:
     weight = _joined_weight(dense)
     biases: list[Tensor] = [linear.bias for linear in dense if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
+    packed = dense[0].packed
+    if packed is not None and (y := packed.linear(x, weight, bias, [part.weight for part in dense])) is not None:
+        return y
     return linear(x, weight, bias) if dense[0].by_output else F.linear(x, weight, bias)
 
 
