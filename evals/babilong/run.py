@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,11 +126,15 @@ def run(options: BabilongOptions) -> dict[str, Any]:
         "device": str(device),
     }
     folder = Folder.open(out, conditions)
+    started, known = time.perf_counter(), set(folder.rows)
     _cells(evaluation, folder)
+    n_read = sum(row["n_read"] for key, row in folder.rows.items() if key not in known)
+    seconds = time.perf_counter() - started
     summary = summarise(folder)
     for file in report.write(summary, out, path.resolve().name):
         print(f"wrote {file}", file=sys.stderr)
     print(report.table(summary), file=sys.stderr)
+    print(f"read {n_read:,} tokens in {seconds:,.0f} s, {n_read / seconds:,.0f} tokens/s", file=sys.stderr)
     print(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB", file=sys.stderr)
     return summary
 
