@@ -109,7 +109,7 @@ def table(record: dict[str, Any]) -> str:
 def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
-    return f"{100 * cell['share']:.0f} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f}, {cell['n']})"
+    return f"{100 * cell['share']:.1f} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f}, {cell['n']})"
 
 
 def _write(study: Study, record: dict[str, Any]) -> None:
