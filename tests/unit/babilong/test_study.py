@@ -9,9 +9,9 @@ import pytest
 
 from evals.babilong import train
 from evals.babilong.study import Study, run, table
-from llm.config.load import dump_config
+from llm.config.load import dump_config, load_config
 from llm.core.errors import UserError
-from tests.unit.babilong.test_train import books, config_for
+from tests.unit.babilong.test_train import CONFIGS, books, config_for
 
 __all__ = ["books"]
 
@@ -39,3 +39,10 @@ def test_a_study_trains_all_and_compares_them(books: Path, tmp_path: Path, monke
     assert lines[0].endswith("| 0k | 64 | 192 |") and lines[2].endswith("| - |")
     with pytest.raises(UserError, match=r"no config .*absent\.yaml"):
         run(study.replace(models=["absent.yaml"]), tmp_path)
+
+
+def test_the_study_names_all_configs_beside_it() -> None:
+    study = load_config(Study, [str(CONFIGS[0].parent / "study-qa1.yaml")])
+    assert sorted(study.models) == [path.name for path in CONFIGS if path.stem != "study-qa1"]
+    names = {load_config(train.BabilongTraining, [str(CONFIGS[0].parent / name)]).name for name in study.models}
+    assert {name for cells in study.cells for name in cells.without} <= names
