@@ -26,8 +26,13 @@ class Packed:
     """A weight's copy, made when it is first needed and again when the weight has changed."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.weight: Tensor | None = None
         self.key: tuple[tuple[int, int], ...] = ()
+        # What the copy was made of, held so that no other tensor can come to lie at its address.
+        self.sources: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> Packed:
         return Packed()
@@ -37,15 +42,19 @@ class Packed:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Tensor]) -> Tensor | None:
         """x [..., d_in] times a weight [d_out, d_in] in fp32, or None where the ordinary product is to be used. parts:
-        the parameters that the weight is made of, whose changes are seen."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype != torch.float32:
+        the parameters that the weight is made of, whose changes are seen (but for those through `.data`)."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            self._forget()
             return None
         n_rows = x.numel() // x.shape[-1]
-        if not FEWEST_ROWS <= n_rows <= MOST_ROWS or weight.numel() < LEAST_NUMBERS or weight.dtype != x.dtype:
+        if not FEWEST_ROWS <= n_rows <= MOST_ROWS or weight.numel() < LEAST_NUMBERS or x.dtype != weight.dtype:
             return None
         key = tuple((part.data_ptr(), _version(part)) for part in parts)
         if self.weight is None or key != self.key:
             self.weight, self.key = pack_weight(weight, MOST_ROWS // 2), key
+            self.sources = [part.detach() for part in parts]
         return packed_linear(x, self.weight, bias)
 
 

@@ -84,3 +84,15 @@ def test_gradients_and_other_dtypes_take_the_ordinary_product(monkeypatch: pytes
     assert parts[0].weight.grad is not None
     with torch.no_grad():
         parts.double()[0](torch.randn(5, 24, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_model_on_another_device_lets_go_of_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = layers(8)
+    let_pack(parts)
+    parts[0](torch.randn(5, 24))
+    copied = parts[0].packed
+    assert isinstance(copied, packed.Packed) and copied.weight is not None
+    monkeypatch.setattr(packed, "packed_linear", lambda *_: pytest.fail("packed"))
+    assert parts.to("meta")[0](torch.randn(5, 24, device="meta")).shape == (5, 8)
+    assert copied.weight is None and not copied.sources
