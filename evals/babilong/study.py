@@ -1,10 +1,10 @@
 """usage: python -m evals.babilong.study STUDY.yaml [key=value ...]
 
 Train several models on one task of BABILong and put all of them to the same samples of each length: one table and one
-heat map. Killed, the same command goes on where it was.
+heat map. Killed, the same command goes on where it was; models that are not named this time keep their rows.
 
   python -m evals.babilong.study configs/babilong/study-qa1.yaml
-  python -m evals.babilong.study configs/babilong/study-qa1.yaml models=[armt-qa1.yaml] out=runs/armt-alone
+  python -m evals.babilong.study configs/babilong/study-qa1.yaml models=[armt-qa1.yaml]
 
 keys:
   models=[]     configs of evals.babilong.train, beside the study's file; each trained as that command trains it
@@ -35,6 +35,8 @@ from llm.config.base import Config, Count
 from llm.config.load import load_config
 from llm.core.errors import UserError
 
+TABLE = "table.json"
+
 
 class Cells(Config):
     """lengths: in tokens, 0 for the facts alone. samples: of each. without: names of models that are left out."""
@@ -57,9 +59,16 @@ class Study(Config):
 
 
 def run(study: Study, folder: Path) -> dict[str, Any]:
-    """Train and evaluate all; {"models": [{name, parameters, trained, cells}], "lengths"}. folder: of the configs."""
-    found = []
+    """Train and evaluate all; {"task", "models": [{name, parameters, stages, cells}]}. folder: of the configs.
+    UserError where a model has no cells, or `out` holds a study of another task."""
     configs = [_config(study, folder / name) for name in study.models]
+    task = configs[0].task
+    for config in configs:
+        if config.task != task or all(config.name in cells.without for cells in study.cells):
+            raise UserError(
+                f"{config.name} is of task {config.task} and the study of {task}, or no cells are left to it"
+            )
+    found = _earlier(study, task)
     for config in configs:
         record = train.run(config)
         summary: dict[str, Any] = {}
@@ -73,16 +82,25 @@ def run(study: Study, folder: Path) -> dict[str, Any]:
             )  # fmt: skip
             summary = evaluation.run(options)
         scores = summary["cells"]["right"][config.task]
-        found.append(
-            {
-                "name": config.name,
-                "parameters": record["parameters"],
-                "stages": [{k: v for k, v in stage.items() if k != "history"} for stage in record["stages"]],
-                "cells": {length: scores[length] for length in map(str, summary["lengths"]) if length in scores},
-            }
-        )
-        _write(study, {"task": config.task, "models": found})
-    return {"task": configs[0].task, "models": found}
+        found[config.name] = {
+            "name": config.name,
+            "parameters": record["parameters"],
+            "stages": [{k: v for k, v in stage.items() if k != "history"} for stage in record["stages"]],
+            "cells": {length: scores[length] for length in map(str, summary["lengths"]) if length in scores},
+        }
+        _write(study, {"task": task, "models": list(found.values())})
+    return {"task": task, "models": list(found.values())}
+
+
+def _earlier(study: Study, task: str) -> dict[str, dict[str, Any]]:
+    """Rows of the table that is there, by name."""
+    path = Path(study.out) / TABLE
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["task"] != task:
+        raise UserError(f"{study.out} holds a study of {record['task']}; give another folder with out=")
+    return {model["name"]: model for model in record["models"]}
 
 
 def _config(study: Study, path: Path) -> train.BabilongTraining:
@@ -116,7 +134,7 @@ def _write(study: Study, record: dict[str, Any]) -> None:
     out = Path(study.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(record) + "\n", encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / TABLE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     lengths = sorted({int(n) for model in record["models"] for n in model["cells"]})
     shares = [[model["cells"].get(str(n), {}).get("share") for n in lengths] for model in record["models"]]
     title = f"{record['task']}: right answers, %, by tokens of the sample"
@@ -128,9 +146,9 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(str(__doc__).strip())
         return 0 if argv else 2
-    record = run(load_config(Study, argv), Path(argv[0]).parent)
-    print(table(record))
-    print(f"wrote {load_config(Study, argv).out}", file=sys.stderr)
+    study = load_config(Study, argv)
+    print(table(run(study, Path(argv[0]).parent)))
+    print(f"wrote {study.out}", file=sys.stderr)
     return 0
 
 

@@ -37,6 +37,12 @@ def test_a_study_trains_all_and_compares_them(books: Path, tmp_path: Path, monke
     assert asked[0] == asked[1]
     lines = table(first).splitlines()
     assert lines[0].endswith("| 0k | 64 | 192 |") and lines[2].endswith("| - |")
+    assert run(study.replace(models=["rmt.yaml"]), tmp_path) == first, "the other keeps its row"
+    with pytest.raises(UserError, match="no cells are left to it"):
+        run(study.replace(cells=cells[1:]), tmp_path)
+    dump_config(base.replace(name="other", task="qa2"), tmp_path / "other.yaml")
+    with pytest.raises(UserError, match="holds a study of qa1; give another folder"):
+        run(study.replace(models=["other.yaml"]), tmp_path)
     with pytest.raises(UserError, match=r"no config .*absent\.yaml"):
         run(study.replace(models=["absent.yaml"]), tmp_path)
 
