@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ def test_some_parts_run_without_the_project(tmp_path: Path) -> None:
     rows, foreign = matrix({key: ALL[key] for key in FAST}, tmp_path)
     check(rows)
     assert not {"pydantic", "omegaconf"} & set(foreign)
+
+
+def test_the_interpreter_of_another_environment(tmp_path: Path) -> None:
+    chosen = {("mixer", "retention"): ALL["mixer", "retention"]}
+    rows, foreign = matrix(chosen, tmp_path / "here", sys.executable)
+    check(rows)
+    assert not {"pydantic", "omegaconf"} & set(foreign)
+    with pytest.raises(UserError, match="cannot start /nowhere/python to check the export"):
+        matrix(chosen, tmp_path / "nowhere", "/nowhere/python")
 
 
 @pytest.mark.slow

@@ -26,11 +26,8 @@ def run(jobs: Sequence[Mapping[str, Any]], python: str | None = None) -> tuple[l
     python: the interpreter of another environment, whose packages are then used; None: this one's. UserError when the
     process itself fails; a job that fails has the key `error`.
     """
-    paths = (
-        []
-        if python
-        else list(dict.fromkeys(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))))
-    )
+    own = (path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
+    paths = [] if python else list(dict.fromkeys(own))
     with tempfile.TemporaryDirectory(prefix="export-check-") as folder:
         request, answer = Path(folder) / "jobs.json", Path(folder) / "results.json"
         tree = {"paths": paths, "jobs": list(jobs), "threads": torch.get_num_threads(), "watched": WATCHED}
