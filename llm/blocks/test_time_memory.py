@@ -44,7 +44,8 @@ Retention = Literal["none", "const_head", "scalar", "vector"]
 Tensors = dict[str, Tensor]
 
 ALPHA_START, THETA_START, GAMMA_START = 4.6, 2.2, 2.0
-"""Added to the sigmoid gates: 0.99 of the memory and 0.9 of the momentum are kept, tokens of the window count 0.88."""
+"""Added to the sigmoid gates by default: 0.99 of the memory and 0.9 of the momentum are kept, tokens of the window
+count 0.88."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +62,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class GateForm:
-    """Which gates a memory has. learned_gamma, mean: weights within the window, and whether they are divided by c."""
+    """Which gates a memory has. learned_gamma, mean: weights within the window, and whether they are divided by c.
+    alpha_start, theta_start: what is kept per token at the start (None: `ALPHA_START`, `THETA_START`)."""
 
     retention: Retention
     momentum: bool
@@ -70,6 +72,8 @@ class GateForm:
     window: int
     learned_gamma: bool
     mean: bool
+    alpha_start: float | None = None
+    theta_start: float | None = None
 
     def sections(self, d_head: int) -> dict[str, int]:
         """Numbers per head and token that a linear map gives, by gate."""
@@ -83,11 +87,18 @@ class GateForm:
 
     def start(self, name: str) -> float:
         """What is added to a gate, so that zero parameters give its start."""
-        if name != "eta":
-            return {"alpha": ALPHA_START, "theta": THETA_START, "gamma": GAMMA_START}[name]
+        if name == "gamma":
+            return GAMMA_START
+        if name in ("alpha", "theta"):
+            usual, kept = {"alpha": (ALPHA_START, self.alpha_start), "theta": (THETA_START, self.theta_start)}[name]
+            return usual if kept is None else _logit(kept)
         if self.eta == "sigmoid":
-            return math.log(self.eta_start / (1 - self.eta_start))
+            return _logit(self.eta_start)
         return math.log(math.expm1(self.eta_start))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 class MemoryGates(nn.Module):

@@ -22,11 +22,16 @@ from llm.models.decoder import DecoderLike
 
 
 class Draft(NamedTuple):
-    """tokens [B, N], of row b the first counts[b]; q [B, N, V] what they were drawn from, None: they are certain."""
+    """tokens [B, N], of row b the first counts[b]; q [B, N, V] what they were drawn from, None: nobody drew them.
+
+    A tree of drafts, without q, has several branches for a row, each written out from its first token on: tokens
+    [R, N], counts [R], and rows [R], in order, of which every row of the batch has at least one.
+    """
 
     tokens: Tensor
     counts: Tensor
     q: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -57,7 +62,7 @@ class Drafter(Protocol):
         """At most counts[b] tokens behind pending [B]. state: the model's own; it must be as it was afterwards."""
 
     def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
-        """accepted[b] tokens of the draft were kept, and ids [B] is pending now."""
+        """accepted[b] tokens of the draft, of a tree the branch that was chosen, were kept, and ids [B] is pending."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order; without any, until the next start."""
@@ -69,16 +74,17 @@ class Drafter(Protocol):
 class LookupDrafter:
     """Continues as an earlier occurrence of the last n tokens did, in prompt or output (Saxena 2023, prompt lookup).
 
-    The longest match counts, n_max tokens at most, and of equally long ones the most recent.
+    The longest match counts, n_max tokens at most, and of equally long ones the most recent. n_branches: so many
+    occurrences that went on differently are drafted side by side, the next best after the best.
     """
 
-    name = "lookup"
     vocab_size: int | None = None
 
-    def __init__(self, n_max: int = 3) -> None:
-        if n_max < 1:
-            raise UserError(f"lookup: matches of {n_max} tokens; the least is 1")
-        self.n_max = n_max
+    def __init__(self, n_max: int = 3, n_branches: int = 1) -> None:
+        if n_max < 1 or n_branches < 1:
+            raise UserError(f"lookup: matches of {n_max} tokens, {n_branches} branches; the least is 1 of each")
+        self.name = "lookup" if n_branches == 1 else f"lookup-tree:{n_branches}"
+        self.n_max, self.n_branches = n_max, n_branches
         self.rows: list[NgramIndex] = []
 
     def check(self, n_tokens: int) -> None:
@@ -93,11 +99,16 @@ class LookupDrafter:
         self.rows += [NgramIndex([*prompt, token], self.n_max) for prompt, token in new]
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
-        found = [index.continuation(n) for index, n in zip(self.rows, counts.tolist())]
+        trees = [index.continuations(n, self.n_branches) or [[]] for index, n in zip(self.rows, counts.tolist())]
+        found = [tokens for tree in trees for tokens in tree]
         longest = max(len(tokens) for tokens in found)
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in found]
-        kept = torch.tensor([len(tokens) for tokens in found], device=counts.device)
-        return Draft(torch.tensor(padded, dtype=torch.int64, device=counts.device).view(len(found), longest), kept)
+        tokens = torch.tensor(padded, dtype=torch.int64, device=counts.device).view(len(found), longest)
+        lengths = torch.tensor([len(tokens) for tokens in found], device=counts.device)
+        if len(found) == len(trees):
+            return Draft(tokens, lengths)
+        rows = [row for row, tree in enumerate(trees) for _ in tree]
+        return Draft(tokens, lengths, rows=torch.tensor(rows, device=counts.device))
 
     def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
         for index, tokens, n, token in zip(self.rows, draft.tokens.tolist(), accepted.tolist(), ids.tolist()):
@@ -111,13 +122,17 @@ class LookupDrafter:
         return 0
 
 
+LOOKED_AT = 32
+"""Occurrences of one run of tokens that are looked at for branches, the most recent ones."""
+
+
 class NgramIndex:
-    """Where each run of up to n_max tokens was last followed by something; a token more costs O(n_max)."""
+    """Where each run of up to n_max tokens was followed by something; a token more costs O(n_max)."""
 
     def __init__(self, tokens: Sequence[int], n_max: int) -> None:
         self.n_max = n_max
         self.tokens: list[int] = []
-        self.follows: dict[tuple[int, ...], int] = {}
+        self.follows: dict[tuple[int, ...], list[int]] = {}
         for token in tokens:
             self.append(token)
 
@@ -125,16 +140,24 @@ class NgramIndex:
         """One more token."""
         end = len(self.tokens)
         for n in range(1, min(self.n_max, end) + 1):
-            self.follows[tuple(self.tokens[end - n :])] = end
+            self.follows.setdefault(tuple(self.tokens[end - n :]), []).append(end)
         self.tokens.append(token)
 
-    def continuation(self, most: int) -> list[int]:
-        """At most `most` tokens that came behind the longest known end of the text."""
+    def continuations(self, most: int, n_branches: int = 1) -> list[list[int]]:
+        """At most `most` tokens that came behind the longest known end of the text; up to n_branches of them, best
+        first, none of which begins as another one ends."""
+        found: list[list[int]] = []
+        if most < 1:
+            return found
         for n in range(min(self.n_max, len(self.tokens)), 0, -1):
-            at = self.follows.get(tuple(self.tokens[len(self.tokens) - n :]))
-            if at is not None:
-                return self.tokens[at : at + most]
-        return []
+            ends = self.follows.get(tuple(self.tokens[len(self.tokens) - n :]), [])
+            for at in reversed(ends[-LOOKED_AT:] if n_branches > 1 else ends[-1:]):
+                tokens = self.tokens[at : at + most]
+                if not any(each[: len(tokens)] == tokens[: len(each)] for each in found):
+                    found.append(tokens)
+                if len(found) == n_branches:
+                    return found
+        return found
 
 
 class SelfDrafter:

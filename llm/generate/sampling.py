@@ -5,7 +5,6 @@ Shapes: logits [B, V]. The filters act in that order, as in transformers, and gi
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from llm.config.base import Config, Count
 from llm.core.errors import UserError
-from llm.generate.acceptance import accept_greedy, accept_sampled
-from llm.generate.draw import draw
+from llm.generate.acceptance import accept_chosen, accept_sampled, behind
+from llm.generate.draw import Stream, draw
 
 
 def _as_list(value: object) -> object:
@@ -102,7 +101,7 @@ class Sampler:
         device: torch.device | str,
     ) -> None:
         self.samplings = list(samplings)
-        self.streams = [random.Random(s.seed) for s in samplings]
+        self.streams = [Stream(s.seed) for s in samplings]
         self.device = device
         self.seen: Tensor | None = None
         if prompts is not None and any(s.repetition_penalty != 1 for s in samplings):
@@ -171,9 +170,41 @@ class Sampler:
             self.seen.scatter_(1, ids[:, None], self.seen.gather(1, ids[:, None]) | active[:, None])
         return ids, probs
 
-    def accept(self, logits: Tensor, drafts: Tensor, counts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(accepted [B], next ids [B]) of drafts [B, N] that were drawn from q [B, N, V] (None: they were certain), of
-        row b the first counts[b], by the model's logits [B, N + 1, V]."""
+    def choose(self, logits: Tensor, drafts: Tensor, rows: Sequence[int]) -> Tensor:
+        """[R, N + 1] what the model itself takes at each place of drafts [R, N], were they right up to there, by its
+        logits [R, N + 1, V]. rows [R]: whose settings and random numbers, which `use` uses up."""
+        logits = logits.float()
+        n = drafts.shape[1] + 1
+        targets = torch.zeros(len(rows), n, dtype=torch.int64, device=logits.device)
+        for sampling, own in self.groups:
+            mine = [place for place, row in enumerate(rows) if row in own]
+            if not mine:
+                continue
+            owners = [rows[place] for place in mine]
+            processed = self._penalised(logits[mine], sampling, owners, drafts[mine])
+            if sampling.greedy:
+                targets[mine] = processed.argmax(dim=-1)
+                continue
+            p = filtered(processed.flatten(0, 1), sampling).softmax(dim=-1)
+            uniform = torch.tensor([self.streams[row].peek(n) for row in owners], dtype=torch.float64)
+            targets[mine] = draw(p, uniform.flatten().to(p.device)).view(-1, n)
+        return targets
+
+    def use(self, tokens: Tensor, counts: Tensor) -> None:
+        """The first counts[b] of tokens [B, N] have been taken."""
+        for sampling, stream, n in zip(self.samplings, self.streams, counts.tolist()):
+            if not sampling.greedy:
+                stream.take(n)
+        self._mark(tokens, counts)
+
+    def _mark(self, tokens: Tensor, counts: Tensor) -> None:
+        if self.seen is not None:
+            taken = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+            self.seen.scatter_(1, torch.where(taken, tokens, tokens[:, :1]), True)
+
+    def accept(self, logits: Tensor, drafts: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(accepted [B], next ids [B]) of drafts [B, N] that were drawn from q [B, N, V], of row b the first counts[b],
+        by the model's logits [B, N + 1, V]."""
         logits = logits.float()
         accepted, ids = torch.zeros_like(counts), torch.zeros_like(counts)
         for sampling, rows in self.groups:
@@ -181,22 +212,19 @@ class Sampler:
             part, mine, most = logits[rows][:, : n + 1], drafts[rows][:, :n], counts[rows]
             processed = self._penalised(part, sampling, rows, mine)
             if sampling.greedy:
-                accepted[rows], ids[rows] = accept_greedy(processed.argmax(dim=-1), mine, most)
+                accepted[rows], ids[rows] = accept_chosen(processed.argmax(dim=-1), mine, most)
                 continue
             p = filtered(processed.flatten(0, 1), sampling).softmax(dim=-1).view_as(processed)
             uniform = self._uniform(rows, n + 1, [int(c) + 1 for c in most.tolist()]).to(p.device)
-            accepted[rows], ids[rows] = accept_sampled(p, None if q is None else q[rows][:, :n], mine, most, uniform)
-        if self.seen is not None:
-            kept = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
-            new = torch.cat([torch.where(kept, drafts, ids[:, None]), ids[:, None]], dim=1)
-            self.seen.scatter_(1, new, True)
+            accepted[rows], ids[rows] = accept_sampled(p, q[rows][:, :n], mine, most, uniform)
+        self._mark(behind(drafts, accepted, ids), accepted + 1)
         return accepted, ids
 
     def _uniform(self, rows: Sequence[int], n: int, counts: Sequence[int] | None = None) -> Tensor:
         """[R, n] random numbers, of each row as many as counts says (None: n), one of them in the last column."""
         drawn = []
         for i, row in enumerate(rows):
-            own = [self.streams[row].random() for _ in range(n if counts is None else counts[i])]
+            own = self.streams[row].take(n if counts is None else counts[i])
             drawn.append([*own[:-1], *[0.0] * (n - len(own)), own[-1]])
         return torch.tensor(drawn, dtype=torch.float64)
 

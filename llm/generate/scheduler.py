@@ -14,6 +14,7 @@ from llm.core.errors import UserError
 from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, PagedKVState, Pages
 from llm.core.states.paged import leaves
+from llm.generate.acceptance import accept_chosen, behind, best_branches
 from llm.generate.drafters import Batch, Draft, Drafter
 from llm.generate.events import FinishReason, Speculation, TokenEvent
 from llm.generate.prefill import Prefill, Prompt, PromptStream
@@ -261,22 +262,47 @@ class Scheduler:
         if max(wanted) > 0:
             draft = drafter.propose(pending, counts, state, group.sampler)
         drafted = time.perf_counter()
+        n_drafted = draft.counts.tolist()
+        if draft.rows is not None:
+            # Branches of a tree are rows of their own, to which any state can be copied.
+            state.reorder(draft.rows)
+            pending = pending[draft.rows]
+            owners = draft.rows.tolist()
+            n_drafted = [sum(n for n, row in zip(n_drafted, owners) if row == own) for own in range(len(wanted))]
         n = draft.tokens.shape[1]
         steps = torch.arange(n + 1, device=engine.device)
         valid = None if int(draft.counts.min()) == n else steps <= draft.counts[:, None]
         state.begin(n + 1)
         seq = SeqInfo(positions=state.end()[:, None] + steps, valid=valid)
         hidden = engine.model(torch.cat([pending[:, None], draft.tokens], dim=1), seq, state=state).hidden
-        logits = engine.model.head(hidden)
-        accepted, ids = group.sampler.accept(logits, draft.tokens, draft.counts, draft.q)
-        state.commit(accepted + 1)
+        draft, accepted, ids, logits = self._take(group, draft, engine.model.head(hidden))
         drafter.committed(draft, accepted, ids)
         given, kept = draft.counts.tolist(), accepted.tolist()
         group.pending = ids
-        engine.speculation.add(given, kept)
+        engine.speculation.add(n_drafted, kept)
         engine.draft_length.observe(given, kept, drafted - started, time.perf_counter() - drafted)
-        tokens = torch.cat([draft.tokens, ids[:, None]], dim=1).scatter(1, accepted[:, None], ids[:, None])
-        return group.say(tokens, kept, logits, engine.eos_id)
+        return group.say(behind(draft.tokens, accepted, ids), kept, logits, engine.eos_id)
+
+    @staticmethod
+    def _take(group: _Group, draft: Draft, logits: Tensor) -> tuple[Draft, Tensor, Tensor, Tensor]:
+        """(the draft, of a tree the best branches, accepted [B], next ids [B], logits [B, N + 1, V]) by the logits
+        [R, N + 1, V] of the draft's rows; the state holds what was accepted."""
+        if draft.q is not None:
+            accepted, ids = group.sampler.accept(logits, draft.tokens, draft.counts, draft.q)
+            group.state.commit(accepted + 1)
+            return draft, accepted, ids, logits
+        n_rows = len(group.requests)
+        owners = range(n_rows) if draft.rows is None else draft.rows.tolist()
+        targets = group.sampler.choose(logits, draft.tokens, owners)
+        accepted, ids = accept_chosen(targets, draft.tokens, draft.counts)
+        group.state.commit(accepted + 1)
+        if draft.rows is not None:
+            best = best_branches(accepted, draft.rows, n_rows)
+            group.state.reorder(best)
+            draft = Draft(draft.tokens[best], draft.counts[best])
+            accepted, ids, logits = accepted[best], ids[best], logits[best]
+        group.sampler.use(behind(draft.tokens, accepted, ids), accepted + 1)
+        return draft, accepted, ids, logits
 
 
 class _Request:

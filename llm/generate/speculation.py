@@ -14,7 +14,7 @@ from llm.models.nesting import SliceOptions, at_widths, whole_widths
 from llm.models.wrappers.base import Wrapper
 from llm.models.wrappers.loop import Loop
 
-KINDS = "lookup, lookup:N (matches of at most N tokens), slice:1/4, loops:1, model:PATH"
+KINDS = "lookup, lookup:N (matches of at most N tokens), lookup-tree:K (K branches), slice:1/4, loops:1, model:PATH"
 LONGEST = 16
 
 
@@ -31,6 +31,8 @@ def make_drafter(
     kind, _, value = text.partition(":")
     if kind == "lookup":
         return LookupDrafter(_number(text, value) if value else 3)
+    if kind == "lookup-tree":
+        return LookupDrafter(n_branches=_number(text, value))
     if not value:
         raise UserError(f"cannot draft with {text!r}; allowed: {KINDS}")
     if kind in ("slice", "matformer"):

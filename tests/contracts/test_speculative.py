@@ -67,6 +67,21 @@ class Foreteller:
         return 0
 
 
+class Branching(Foreteller):
+    """Tells two or three things at once for some rows, of which the last one is as often right as the Foreteller."""
+
+    def propose(self, pending: Tensor, counts: Tensor, state: Any, sampler: Any) -> Draft:
+        own = super().propose(pending, counts, state, sampler)
+        drafts, rows = [], []
+        for row, (tokens, n) in enumerate(zip(own.tokens.tolist(), own.counts.tolist())):
+            others = self.random.randint(0, 2) if n else 0
+            drafts += [[(tokens[0] + 1 + i) % VOCAB, *tokens[1:n]] for i in range(others)] + [tokens[:n]]
+            rows += [row] * (others + 1)
+        padded = [draft + [0] * (own.tokens.shape[1] - len(draft)) for draft in drafts]
+        tokens = torch.tensor(padded, dtype=torch.int64).view(len(drafts), own.tokens.shape[1])
+        return Draft(tokens, torch.tensor([len(d) for d in drafts]), rows=torch.tensor(rows))
+
+
 def build(kind: str, label: str, entry: Entry[Any]) -> Any:
     make = entry.variants()[label]
     attention = MIXERS.entry("attention").tiny()
@@ -100,7 +115,9 @@ def check(model: Any, drafters: Sequence[str], *, n: int, most: int, batches: Se
     plain = [c.tokens for c in Engine(model).generate(PROMPTS, greedy)]
     make: dict[str, Any] = {
         "foreteller": lambda: Foreteller(plain),
+        "branching": lambda: Branching(plain),
         "lookup": LookupDrafter,
+        "lookup-tree": lambda: LookupDrafter(n_branches=3),
         "model": lambda: ModelDrafter(_small_model()),
         "itself": lambda: ModelDrafter(model),
     }
@@ -109,16 +126,22 @@ def check(model: Any, drafters: Sequence[str], *, n: int, most: int, batches: Se
         assert [c.tokens for c in engine.generate(PROMPTS, greedy)] == plain, f"{name}, batch {batch}"
         if name == "itself":
             assert engine.speculation.acceptance == 1.0
-        if name == "foreteller":
+        if name in ("foreteller", "branching"):
             assert 0 < engine.speculation.n_accepted < engine.speculation.n_drafted
 
 
 @pytest.mark.parametrize(("kind", "label", "entry"), parameters([c for c in CASES if c[1] == c[2].name]))
 def test_rollbacks_leave_no_trace(kind: str, label: str, entry: Entry[Any]) -> None:
-    check(build(kind, label, entry), ["foreteller"], n=10, most=3, batches=[4])
+    check(build(kind, label, entry), ["foreteller", "branching"], n=10, most=3, batches=[4])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "label", "entry"), parameters(CASES))
 def test_every_drafter_over_256_tokens(kind: str, label: str, entry: Entry[Any]) -> None:
-    check(build(kind, label, entry), ["foreteller", "lookup", "model", "itself"], n=256, most=5, batches=[4, 1])
+    check(
+        build(kind, label, entry),
+        ["foreteller", "branching", "lookup", "lookup-tree", "model", "itself"],
+        n=256,
+        most=5,
+        batches=[4, 1],
+    )

@@ -178,6 +178,8 @@ class MemoryConfig(MemoryLayerConfig):
     read the memory before the chunk). eta_inside: step sizes act on gradients, not on the orthogonalised momentum.
     eta, eta_start: form of the step size, and where it starts (None: 0.5 for a sigmoid without momentum, 0.01 for
     muon, else 0.1 or what keeps a chunk of equal keys from overshooting, if that is less).
+    alpha_start, theta_start: what is kept of the memory and of the momentum per token before anything is learned (None:
+    0.99 and 0.9, with which a memory has nearly forgotten after 500 tokens); alpha_start for the learned retentions.
     weight_renorm: "rows" scales the rows of all weights back to their first lengths after each chunk; "none" is the
     papers' equations, which diverge in training or let a memory shrink to nothing. None: rows for networks without
     inner_norm that gradient descent or momentum trains, else none.
@@ -208,6 +210,8 @@ class MemoryConfig(MemoryLayerConfig):
     eta_inside: bool = False
     eta: Literal["softplus", "sigmoid", "one"] = "softplus"
     eta_start: float | None = Field(None, gt=0)
+    alpha_start: float | None = Field(None, gt=0, lt=1)
+    theta_start: float | None = Field(None, gt=0, lt=1)
     weight_renorm: Literal["none", "rows"] | None = None
     chunk: int = Field(32, ge=1)
     read: Literal["pre", "post"] | None = None
@@ -261,6 +265,9 @@ class MemoryConfig(MemoryLayerConfig):
             (self.weight_renorm == "rows" and not self.can_renorm, "weight_renorm: rows needs memory: mlp or "
              "gated_mlp, opt: gd or momentum and no inner_norm; remove it"),
             (self.eta == "one" and self.eta_start is not None, "eta_start has no effect with eta: one; remove one"),
+            (self.alpha_start is not None and self.retention not in ("scalar", "vector"), "alpha_start has no effect "
+             f"with retention: {self.retention}; use scalar or vector, or remove it"),
+            (self.theta_start is not None and self.opt == "gd", "theta_start has no effect with opt: gd; remove it"),
             (self.eta == "sigmoid" and (self.eta_start or 0.0) >= 1, "eta_start of a sigmoid must be below 1"),
             (self.initial == "zero" and (self.memory != "matrix" or self.inner_norm), "initial: zero is for memory: "
              f"matrix without inner_norm, others stay there or leap away (given: {self.memory}); use initial: learned"),
@@ -342,6 +349,8 @@ class MemoryConfig(MemoryLayerConfig):
             window=self.window,
             learned_gamma=self.gamma == "learned",
             mean=self.gamma_norm == "mean",
+            alpha_start=self.alpha_start,
+            theta_start=self.theta_start,
         )
 
     def build(self, ctx: BuildCtx) -> MemoryMixer:

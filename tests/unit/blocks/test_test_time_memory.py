@@ -114,6 +114,17 @@ def test_keys_override_a_preset_and_survive_a_round_trip() -> None:
     assert config(preset="atlas", phi="id").phi_rank is None
 
 
+@pytest.mark.parametrize("retention", ["scalar", "vector"])
+def test_what_is_kept_at_the_start(retention: str) -> None:
+    keys = {"memory": "matrix", "retention": retention}
+    for more, kept in (({}, (0.99, 0.9)), ({"alpha_start": 0.9999, "theta_start": 0.97}, (0.9999, 0.97))):
+        module = config(**keys, **more).build(context())
+        initialise(module, 0)
+        gates = module.gates(torch.randn(1, 3, 32))
+        assert gates.log_alpha.exp().mean().item() == pytest.approx(kept[0], abs=1e-4)
+        assert gates.log_theta.exp().mean().item() == pytest.approx(kept[1], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
@@ -131,6 +142,8 @@ def test_keys_override_a_preset_and_survive_a_round_trip() -> None:
         ({"phi": "poly2", "sketch_size": 4}, "sketch_size goes with"),
         ({"eta": "one", "eta_start": 0.2}, "eta_start has no effect"),
         ({"eta": "sigmoid", "eta_start": 1.0}, "must be below 1"),
+        ({"preset": "delta_net", "alpha_start": 0.9}, "alpha_start has no effect with retention: none"),
+        ({"preset": "omeganet", "theta_start": 0.9}, "theta_start has no effect with opt: gd"),
         ({"initial": "zero"}, "initial: zero is for memory: matrix"),
         ({"preset": "atlas", "weight_renorm": "rows"}, "weight_renorm: rows needs memory: mlp or gated_mlp"),
         ({"preset": "atlass"}, "atlass"),

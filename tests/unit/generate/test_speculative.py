@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from torch import Tensor
 from llm.core.errors import UserError
 from llm.core.init import initialise
 from llm.core.seq import SeqInfo
-from llm.generate.acceptance import accept_greedy, accept_sampled
+from llm.generate.acceptance import accept_chosen, accept_sampled, best_branches
 from llm.generate.draft_length import DraftLength, expected_tokens
 from llm.generate.drafters import LookupDrafter, ModelDrafter, NgramIndex, SelfDrafter
 from llm.generate.engine import Engine
-from llm.generate.sampling import Sampling, filtered
+from llm.generate.sampling import Sampler, Sampling, filtered
 from llm.models.config import ModelConfig
 from llm.models.nesting import at_widths
 
@@ -41,19 +42,18 @@ def grid(n: int) -> Tensor:
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
-def enumerated(p: list[list[float]], q: list[float] | None, draft: int | None = None) -> Tensor:
+def enumerated(p: list[list[float]], q: list[float]) -> Tensor:
     """[V] exact law of the first token after one draft, by going through all random numbers on a grid that contains
     every place where the outcome changes."""
     n = 840
     law = torch.zeros(3, dtype=torch.float64)
     first, last = (x.flatten() for x in torch.meshgrid(grid(n), grid(n), indexing="ij"))
     probs = torch.tensor(p, dtype=torch.float64).expand(n * n, 2, 3)
-    for token in range(3) if q is not None else [draft]:
-        weight = 1.0 if q is None else q[token]  # type: ignore[index]
+    for token, weight in enumerate(q):
         if weight == 0:
             continue
         drafts = torch.full((n * n, 1), token)
-        given_q = None if q is None else torch.tensor(q, dtype=torch.float64).expand(n * n, 1, 3)
+        given_q = torch.tensor(q, dtype=torch.float64).expand(n * n, 1, 3)
         counts = torch.ones(n * n, dtype=torch.int64)
         accepted, ids = accept_sampled(probs, given_q, drafts, counts, torch.stack([first, last], dim=1))
         out = torch.where(accepted == 1, drafts[:, 0], ids)
@@ -63,12 +63,50 @@ def enumerated(p: list[list[float]], q: list[float] | None, draft: int | None = 
 
 @pytest.mark.parametrize(
     "q",
-    [[1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.3, 0.2], None],
+    [[1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.3, 0.2]],
 )
-def test_the_rule_keeps_the_law_exactly(q: list[float] | None) -> None:
+def test_the_rule_keeps_the_law_exactly(q: list[float]) -> None:
     p = [0.5, 0.3, 0.2]
-    for draft in range(3) if q is None else [None]:
-        assert torch.allclose(enumerated([p, p], q, draft), torch.tensor(p, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(enumerated([p, p], q), torch.tensor(p, dtype=torch.float64), atol=1e-12)
+
+
+class Fixed:
+    """Gives the next of some numbers."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self.numbers = numbers
+
+    def peek(self, n: int) -> list[float]:
+        return list(self.numbers[:n])
+
+
+@pytest.mark.parametrize("branches", [[[0]], [[1], [2]], [[2, 0], [0, 1], [0, 2]], [[1, 1], [1, 0], [1, 2]]])
+def test_branches_keep_the_law_exactly(branches: list[list[int]]) -> None:
+    """[V, V] the law of two tokens, by going through all pairs of random numbers on a grid of the probabilities."""
+    first = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    second = torch.tensor([[0.1, 0.6, 0.3], [0.4, 0.4, 0.2], [0.9, 0.0, 0.1]], dtype=torch.float64)
+    n = max(map(len, branches))
+    drafts = torch.tensor([branch + [0] * (n - len(branch)) for branch in branches])
+    counts = torch.tensor([len(branch) for branch in branches])
+    p = torch.stack([torch.stack([first, second[branch[0]], first][: n + 1]) for branch in branches])
+    law = torch.zeros(3, 3, dtype=torch.float64)
+    size = 10
+    for u, v in itertools.product(grid(size).tolist(), repeat=2):
+        sampler = Sampler([Sampling(temperature=1, seed=0)], None, 3, "cpu")
+        sampler.streams = [Fixed([u, v, 0.5])]  # type: ignore[list-item]
+        accepted, ids = accept_chosen(sampler.choose(p.log(), drafts, [0] * len(branches)), drafts, counts)
+        best = int(best_branches(accepted, torch.zeros_like(accepted), 1))
+        said = [*drafts[best, : accepted[best]].tolist(), int(ids[best])]
+        if len(said) > 1:
+            law[said[0], said[1]] += 1 / size**2
+        else:
+            law[said[0]] += second[said[0]] / size**2
+    assert torch.allclose(law, first[:, None] * second, atol=1e-6)
+
+
+def test_the_best_branch_of_each_row() -> None:
+    found = best_branches(torch.tensor([0, 2, 2, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 2, 2]), 3)
+    assert found.tolist() == [1, 3, 5]
 
 
 def test_limits_of_the_rule() -> None:
@@ -81,14 +119,14 @@ def test_limits_of_the_rule() -> None:
     accepted, ids = accept_sampled(p, q, torch.tensor([[2, 3]]).expand(64, 2), counts, uniform)
     assert (accepted == 0).all()
     assert set(ids.tolist()) == {0, 1}
-    accepted, ids = accept_sampled(p[:, :1], None, drafts[:, :0], torch.zeros_like(counts), uniform[:, :1])
+    accepted, ids = accept_sampled(p[:, :1], q[:, :0], drafts[:, :0], torch.zeros_like(counts), uniform[:, :1])
     assert (accepted == 0).all()
 
 
-def test_greedy_rule() -> None:
+def test_the_rule_for_what_nobody_drew() -> None:
     targets = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 2, 3]])
     drafts = torch.tensor([[1, 2], [1, 2], [1, 9], [1, 2]])
-    accepted, ids = accept_greedy(targets, drafts, torch.tensor([2, 1, 2, 2]))
+    accepted, ids = accept_chosen(targets, drafts, torch.tensor([2, 1, 2, 2]))
     assert accepted.tolist() == [2, 1, 1, 0]
     assert ids.tolist() == [3, 2, 2, 4]
 
@@ -105,7 +143,7 @@ def law_of_two(model: Any, prompt: list[int], sampling: Sampling) -> Tensor:
     return torch.stack([first[token] * after([*prompt, token]) for token in range(VOCAB)])
 
 
-@pytest.mark.parametrize("kind", ["model", "lookup", "slice"])
+@pytest.mark.parametrize("kind", ["model", "lookup", "lookup-tree", "slice"])
 def test_sampled_outputs_have_the_models_law(kind: str) -> None:
     nested = {"block": {"channel": {"type": "nested_gated", "d_hidden": 32}}} if kind == "slice" else {}
     model = build(scale=0.8, **nested)
@@ -114,6 +152,7 @@ def test_sampled_outputs_have_the_models_law(kind: str) -> None:
     drafter = {
         "model": lambda: ModelDrafter(build(1, scale=0.8)),
         "lookup": LookupDrafter,
+        "lookup-tree": lambda: LookupDrafter(n_branches=3),
         "slice": lambda: SelfDrafter(model, lambda: at_widths(model, [8, 8]), "slice"),
     }[kind]()
     engine = Engine(model, drafter=drafter, draft_length=DraftLength(2), max_batch=1000)
@@ -165,6 +204,29 @@ def test_drafting_with_the_whole_model_is_never_refused() -> None:
         assert engine.speculation.acceptance == 1.0
 
 
+@pytest.mark.parametrize("mixer", ["attention", "retention", "delta_net"])
+@pytest.mark.parametrize("n_branches", [1, 2, 5])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.2}])
+def test_lookup_takes_the_tokens_of_plain_decoding(mixer: str, n_branches: int, sampling: dict[str, Any]) -> None:
+    """Also where they are drawn, since each place has its own random number."""
+    model = build(block={"mixer": {"type": mixer, "n_heads": 2}})
+    settings = Sampling(max_new_tokens=60, **sampling)
+    plain = Engine(model).generate(PROMPTS, settings)
+    engine = Engine(model, drafter=LookupDrafter(n_branches=n_branches), draft_length=DraftLength(3), max_batch=3)
+    assert engine.generate(PROMPTS, settings) == plain
+    assert engine.speculation.n_accepted > 0
+
+
+def test_branches_are_kept_more_often() -> None:
+    model = build()
+    kept = []
+    for n_branches in (1, 4):
+        engine = Engine(model, drafter=LookupDrafter(n_branches=n_branches), draft_length=DraftLength(2))
+        engine.generate(PROMPTS, Sampling(max_new_tokens=100, temperature=0.7, seed=0))
+        kept.append(engine.speculation.tokens_per_forward)
+    assert kept[1] > kept[0]
+
+
 def test_without_drafts_the_random_stream_is_that_of_plain_decoding() -> None:
     class Silent(LookupDrafter):
         def propose(self, pending: Tensor, counts: Tensor, state: Any, sampler: Any) -> Any:
@@ -206,7 +268,15 @@ def test_lookup_equals_brute_force(tokens: list[int], n_max: int, most: int) -> 
         if ends:
             wanted = tokens[ends[-1] : ends[-1] + most]
             break
-    assert index.continuation(most) == wanted
+    assert index.continuations(most) == ([wanted] if wanted else [])
+
+
+def test_branches_are_different_texts_best_first() -> None:
+    index = NgramIndex([1, 2, 5, 0, 1, 2, 6, 0, 3, 2, 7, 0, 1, 2, 5, 0, 1, 2], 2)
+    assert index.continuations(2, 4) == [[5, 0], [6, 0], [7, 0]]
+    assert index.continuations(2, 2) == [[5, 0], [6, 0]]
+    assert index.continuations(1, 4) == [[5], [6], [7]]
+    assert index.continuations(0, 4) == []
 
 
 def test_expected_tokens_against_simulation() -> None:
