@@ -6,6 +6,7 @@ Models whose weights are rounded may say other tokens than the plain one.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -40,9 +41,10 @@ class GenerateBenchConfig(Config):
     rounds: times that all implementations take turns after one that is not counted; the median is told.
 
     precision: of the weights and of what is computed; "plain" is the first one, which drafters and the peer have too.
-    quantize: also with the matrices in eight bits, at each precision. compile: also with the step compiled, each of
-    these. peer: transformers' `generate` on the exported model. drafters: as `generate
-    --speculate` takes them, each with every one of draft_tokens.
+    quantize: also with the matrices in eight bits, at each precision. compile: also with the steps compiled, each of
+    these, and of the drafters. peer: transformers' `generate` on the exported model. drafters: as `generate
+    --speculate` takes them, each with every one of draft_tokens. temperature: of all, with seeds from 0; the peer draws
+    other tokens, so there it is 0.
     """
 
     run: str
@@ -58,6 +60,7 @@ class GenerateBenchConfig(Config):
     peer: Literal["none", "transformers"] = "none"
     drafters: Annotated[list[str], BeforeValidator(_as_list)] = []
     draft_tokens: Annotated[list[str | int], BeforeValidator(_as_list)] = [4]
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     num_threads: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -74,7 +77,11 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
             f"prompt_tokens + new_tokens is {context}, the model's context {loaded.model.config.max_seq_len}; lower one"
         )
     prompts = cut_prompts(config, loaded)
-    sampling = Sampling(temperature=0, max_new_tokens=config.new_tokens, ignore_eos=True)
+    if config.temperature and config.peer != "none":
+        raise UserError(
+            f"temperature={config.temperature} with peer={config.peer}, which draws other tokens; set temperature=0"
+        )
+    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.new_tokens, ignore_eos=True)
     with tempfile.TemporaryDirectory(prefix="manyformer-bench-") as folder:
         peer = _peer(loaded, Path(folder), config.new_tokens) if config.peer == "transformers" else None
         for batch in config.batch:
@@ -84,11 +91,13 @@ def bench_generate(config: GenerateBenchConfig) -> Iterator[dict[str, Any]]:
                     compiled = "compiled" if name == "plain" else f"{name} compiled"
                     engines[compiled] = Engine(each.model, max_batch=batch, compile=True)
             for name in config.drafters:
-                for n in config.draft_tokens:
+                for n, compile in itertools.product(config.draft_tokens, [False, True] if config.compile else [False]):
                     dtype = DTYPES[config.precision[0]]
                     drafter = make_drafter(name, loaded.model, loaded.tokenizer, device=device, dtype=dtype)
-                    length = make_draft_length(str(n))
-                    engines[f"{name} {n}"] = Engine(loaded.model, max_batch=batch, drafter=drafter, draft_length=length)
+                    engines[f"{name} {n} compiled" if compile else f"{name} {n}"] = Engine(
+                        loaded.model, max_batch=batch, drafter=drafter, draft_length=make_draft_length(str(n)),
+                        compile=compile,
+                    )  # fmt: skip
             runs: dict[str, Run] = {name: _own(engine, sampling) for name, engine in engines.items()}
             if peer is not None:
                 runs["transformers"] = peer
@@ -142,7 +151,11 @@ def take_turns(
 
 
 def _own(engine: Engine, sampling: Sampling) -> Run:
-    return lambda prompts: [completion.tokens for completion in engine.generate(prompts, sampling)]
+    def run(prompts: Prompts) -> list[list[int]]:
+        samplings = [sampling if sampling.greedy else sampling.replace(seed=seed) for seed in range(len(prompts))]
+        return [completion.tokens for completion in engine.generate(prompts, samplings)]
+
+    return run
 
 
 def _peer(loaded: Loaded, folder: Path, new_tokens: int) -> Run:
@@ -208,6 +221,7 @@ def _record(
         "prompts": config.n_prompts,
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
+        "temperature": config.temperature,
         "rounds": config.rounds,
         "num_threads": config.num_threads,
         "device": device_name(device),

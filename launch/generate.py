@@ -10,8 +10,9 @@ neither, stdin is read. "" starts a new text.
                            where it has none)
 
   --speculate DRAFTER      draft tokens and check them in one forward; the output has the same law, and is the same with
-                           temperature=0. lookup (what came behind the same words before), slice:1/4 (part of a nested
-                           model), loops:1 (a looped model with fewer loops), model:PATH (a smaller model)
+                           temperature=0. lookup (what came behind the same words before), lookup-tree:4 (four such
+                           places side by side), slice:1/4 (part of a nested model), loops:1 (a looped model with fewer
+                           loops), model:PATH (a smaller model)
   --draft-tokens N         tokens drafted at once (default 4); auto chooses by acceptance and cost, auto:N at most N
 
   --save-state FILE        read the one prompt, write what the model remembers of it (safetensors), and stop
@@ -38,7 +39,7 @@ keys:
   context=                most tokens of prompt and output (default: the model's max_seq_len)
   max_batch=32            prompts that run together
   tokenizer=              folder of the tokenizer, if it does not lie with the model
-  compile=false           compile the step of plain decoding, about twice as fast on a CPU after some seconds
+  compile=false           compile the steps of decoding, about twice as fast on a CPU after some seconds for each
   compare=true            with --speculate: generate once more without, and tell the speed-up
   num_threads=            CPU threads (default: one for small models, where more cost time)
 
@@ -160,6 +161,7 @@ def main(argv: list[str]) -> None:
     from llm.generate.speculation import make_draft_length, make_drafter
     from llm.generate.text import encode_prompt, generate_text
     from llm.models.nesting import set_widths
+    from llm.train.hardware import peak_memory
 
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
@@ -196,8 +198,6 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"stream=true prints one continuation as text; given: {len(repeated)} continuations, jsonl={options.jsonl}"
         )
-    if options.compile and given.speculate is not None:
-        raise UserError("compile=true is for plain decoding and has no effect with --speculate; remove one of them")
     if given.draft_tokens is not None and given.speculate is None:
         raise UserError("--draft-tokens has no effect without --speculate; add one, or remove it")
     drafter: Drafter | None = None
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
         drafter = make_drafter(given.speculate, model, tokenizer, device=device, dtype=DTYPES[options.precision])
 
     def new_engine(drafter: Drafter | None) -> Engine:
-        return Engine(
+        engine = Engine(
             model,
             eos_id=tokenizer.eos_id,
             max_batch=options.max_batch,
@@ -215,6 +215,10 @@ def main(argv: list[str]) -> None:
             prefix=prefix,
             compile=options.compile,
         )
+        if options.compile and given.speculate is not None and options.compare:
+            # What is compared is decoding, not the compiler.
+            engine.warm_up()
+        return engine
 
     engine = new_engine(drafter)
     if given.chat:
@@ -251,11 +255,12 @@ def main(argv: list[str]) -> None:
     _summary(n_tokens, ended - began, (first_token or ended) - began, finishes, seed, engine.context)
     if drafter is not None:
         plain: float | None = None
-        peak = _peak_bytes()
+        peak = peak_memory(device)
         if options.compare:
             made, n_tokens, first_token = n_tokens, 0, None
+            without = new_engine(None)
             started = time.perf_counter()
-            generate_text(model, tokenizer, repeated, samplings, on_token=on_token, engine=new_engine(None))
+            generate_text(model, tokenizer, repeated, samplings, on_token=on_token, engine=without)
             plain = (made / (ended - began)) / (n_tokens / (time.perf_counter() - started))
         _speculation_summary(drafter.name, engine.speculation, peak, plain)
 
@@ -269,17 +274,6 @@ def _speculation_summary(name: str, speculation: Speculation, peak_bytes: int, s
     if speed_up is not None:
         parts.append(f"{speed_up:.2f} times as fast as plain decoding of the same prompts")
     print("; ".join(parts), file=sys.stderr)
-
-
-def _peak_bytes() -> int:
-    """Of this process, on the GPU where there is one."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _check_chat(given: argparse.Namespace, options: GenerateOptions) -> None:

@@ -55,6 +55,11 @@ class DraftLength:
             return min(2, self.most) if self.n_rounds % RETRY == 0 else 0
         return best
 
+    def lengths(self) -> list[int]:
+        """Lengths that are worth being prepared for: the one there is, or powers of two."""
+        powers = [2**i for i in range(self.most.bit_length())] if self.adaptive else []
+        return sorted({*powers, self.most})
+
     def speed_up(self, n: int) -> float:
         """Expected tokens per second with n drafted tokens, relative to none."""
         tokens = sum(expected_tokens(a, n) for a in self.acceptance) / max(1, len(self.acceptance))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.core.errors import UserError
-from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState
+from llm.generate.decode_step import CompiledStep, PlainStep, Step
 from llm.generate.prefill import prefill
 from llm.generate.sampling import Sampler, Sampling
 from llm.models.decoder import DecoderLike
@@ -66,6 +66,9 @@ class Drafter(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order; without any, until the next start."""
+
+    def compile(self) -> None:
+        """Compile the step of its model, where it has one."""
 
     def state_bytes(self) -> int:
         """Bytes of decode state of its own that it holds now."""
@@ -118,6 +121,9 @@ class LookupDrafter:
     def keep(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
+    def compile(self) -> None:
+        """There is no model."""
+
     def state_bytes(self) -> int:
         return 0
 
@@ -166,6 +172,7 @@ class SelfDrafter:
 
     def __init__(self, model: DecoderLike, within: Callable[[], AbstractContextManager[None]], name: str) -> None:
         self.model, self.within, self.name = model, within, name
+        self.step: Step = PlainStep(model)
         self.vocab_size: int | None = None
         self.streams: _DraftStreams | None = None
 
@@ -184,7 +191,7 @@ class SelfDrafter:
         most = int(counts.max())
         state.begin(most)
         with self.within():
-            draft = _draw_chain(self.model, state, pending, counts, self.streams.sampler(sampler))
+            draft = _draw_chain(self.step, state, pending, counts, self.streams.sampler(sampler))
         state.abort()
         return draft
 
@@ -195,6 +202,9 @@ class SelfDrafter:
         assert self.streams is not None
         self.streams.keep(rows)
 
+    def compile(self) -> None:
+        self.step = CompiledStep(self.model)
+
     def state_bytes(self) -> int:
         return 0
 
@@ -204,6 +214,7 @@ class ModelDrafter:
 
     def __init__(self, model: DecoderLike, name: str = "model", prefill_chunk: int | None = 1024) -> None:
         self.model, self.name, self.prefill_chunk = model, name, prefill_chunk
+        self.step: Step = PlainStep(model)
         self.vocab_size: int | None = model.config.required_vocab_size()
         weight = next(model.parameters())  # type: ignore[attr-defined]
         self.device, self.dtype = weight.device, weight.dtype
@@ -244,11 +255,11 @@ class ModelDrafter:
 
     def propose(self, pending: Tensor, counts: Tensor, state: DecodeState, sampler: Sampler) -> Draft:
         assert self.state is not None and self.streams is not None
-        hidden = read(self.model, self.state, self.unread, self.n_unread)
+        logits = _read(self.step, self.state, self.unread, self.n_unread)
         self.n_unread = torch.zeros_like(self.n_unread)
         self.unread = self.unread[:, :0]
         self.state.begin(int(counts.max()))
-        return _draw_chain(self.model, self.state, pending, counts, self.streams.sampler(sampler), hidden)
+        return _draw_chain(self.step, self.state, pending, counts, self.streams.sampler(sampler), logits)
 
     def committed(self, draft: Draft, accepted: Tensor, ids: Tensor) -> None:
         assert self.state is not None
@@ -274,6 +285,10 @@ class ModelDrafter:
         self.state.reorder(index)
         self.streams.keep(rows)
         self.unread, self.n_unread = self.unread[index], self.n_unread[index]
+
+    def compile(self) -> None:
+        # After a draft that was kept whole, its last token is read together with the one behind it.
+        self.step = CompiledStep(self.model, [1])
 
     def state_bytes(self) -> int:
         return 0 if self.state is None else self.state.held_bytes()
@@ -305,35 +320,31 @@ DRAFT_SEED = 0x5EED0000
 """Between the seed of an output and that of its drafts."""
 
 
-def read(model: DecoderLike, state: DecodeState, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Hidden [B, D] of the last of counts[b] >= 1 more tokens [B, N]."""
+def _read(step: Step, state: DecodeState, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Logits [B, V] behind the last of counts[b] >= 1 more tokens [B, N]."""
     n = int(counts.max())
-    steps = torch.arange(n, device=tokens.device)
-    valid = steps < counts[:, None] if int(counts.min()) < n else None
-    positions = state.end()[:, None] + steps
-    hidden = model(tokens[:, :n], SeqInfo(positions=positions, valid=valid), state=state).hidden
-    return hidden[torch.arange(len(tokens), device=tokens.device), counts - 1]
+    valid = torch.arange(n, device=tokens.device) < counts[:, None] if int(counts.min()) < n else None
+    logits = step(tokens[:, :n], valid, state)
+    return logits[torch.arange(len(tokens), device=tokens.device), counts - 1]
 
 
 def _draw_chain(
-    model: DecoderLike,
+    read: Step,
     state: DecodeState,
     pending: Tensor,
     counts: Tensor,
     sampler: Sampler,
-    hidden: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> Draft:
-    """counts[b] tokens, one after another, within the open transaction. hidden [B, D]: of the pending token, where the
-    state has read it already. The last token of each row is not read."""
+    """counts[b] tokens, one after another, within the open transaction. logits [B, V]: behind the pending token, where
+    the state has read it already. The last token of each row is not read."""
     tokens, probs = [], []
     token = pending
     for step in range(int(counts.max())):
         active = counts > step
-        if hidden is None or step > 0:
-            positions = state.end()[:, None]
-            valid = None if bool(active.all()) else active[:, None]
-            hidden = model(token[:, None], SeqInfo(positions=positions, valid=valid), state=state).hidden[:, -1]
-        token, q = sampler.draft(model.head(hidden), active)
+        if logits is None or step > 0:
+            logits = read(token[:, None], None if bool(active.all()) else active[:, None], state)[:, -1]
+        token, q = sampler.draft(logits, active)
         tokens.append(token)
         probs.append(q)
     if not tokens:

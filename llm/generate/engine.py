@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
+
 from llm.core.errors import UserError
 from llm.core.state import DecodeState, Pages
-from llm.generate.decode_step import CompiledStep, Step, read_one
+from llm.generate.decode_step import CompiledStep, PlainStep, Step
 from llm.generate.draft_length import DraftLength
 from llm.generate.drafters import Drafter
 from llm.generate.events import Completion, Speculation, TokenEvent
@@ -32,8 +34,8 @@ class Engine:
     of the prompts that are read at once (None: all). context: most tokens of prompt and output (None: the model's own
     max_seq_len; more than that only where its parts allow it). drafter: speculative decoding, whose
     outputs have the same law, and are the same when greedy; draft_length: tokens that it drafts at once. prefix: a text
-    that was read before, with which every prompt begins. compile: the step of plain decoding is compiled at first use,
-    which takes some seconds.
+    that was read before, with which every prompt begins. compile: the steps of decoding, of checking drafts and of the
+    drafter's model are compiled at first use, which takes some seconds each.
 
     cache: how keys and values are held: contiguous, row by row; paged, in pages of page_size tokens, so that requests
     join a batch without a copy of it; auto takes pages where prefix_cache needs them. prefix_cache: bytes of pages and
@@ -59,12 +61,14 @@ class Engine:
         prefix_cache: int = 0,
     ) -> None:
         self.model = model
-        self.step: Step = CompiledStep(model) if compile else partial(read_one, model)
         self.drafter, self.draft_length = drafter, draft_length or DraftLength()
+        self.step: Step = PlainStep(model)
+        if compile:
+            self.step = CompiledStep(model, () if drafter is None else self.draft_length.lengths())
+        if compile and drafter is not None:
+            drafter.compile()
         self.speculation = Speculation()
         self.prefix = prefix
-        if drafter is not None and compile:
-            raise UserError("compile is for plain decoding, a drafter was given too; leave one of them out")
         if drafter is not None and drafter.vocab_size not in (None, model.config.required_vocab_size()):
             raise UserError(
                 f"{drafter.name} drafts with a vocabulary of {drafter.vocab_size}, the model has "
@@ -150,9 +154,17 @@ class Engine:
                 yield event._replace(request=requests[event.request])
 
     def warm_up(self) -> None:
-        """Compile what the first answers need: the step of one row, and of several."""
+        """Compile what the first answers need: the steps of one row and of several, those of drafts included."""
+        prompt = [0] * 4 if self.prefix is None else list(self.prefix.tokens)
+        n_tokens = 3 if self.drafter is None else 3 + 2 * self.draft_length.most
         for n in {1, min(3, self.max_batch)}:
-            self.generate([[0]] * n, Sampling(temperature=0, max_new_tokens=3, ignore_eos=True))
+            self.generate([prompt] * n, Sampling(temperature=0, max_new_tokens=n_tokens, ignore_eos=True))
+            for width in self.step.widths if self.drafter is not None else ():
+                state = self.new_state(n)
+                state.begin(width)
+                with torch.no_grad():
+                    self.step(torch.zeros(n, width, dtype=torch.int64, device=self.device), None, state)
+        self.speculation = Speculation()
 
     def check(self, prompt: Prompt, name: str) -> None:
         """UserError, in which the prompt has this name, when it cannot be continued."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.core.errors import UserError
-from llm.core.seq import SeqInfo
 from llm.core.state import DecodeState, PagedKVState, Pages
 from llm.core.states.paged import leaves
 from llm.generate.acceptance import accept_chosen, behind, best_branches
@@ -248,9 +248,9 @@ class Scheduler:
         engine = self.engine
         if engine.drafter is not None:
             return self._speculate(engine.drafter, group)
-        logits = engine.step(group.pending, group.state)
-        group.pending = group.sampler(logits)
-        return group.say(group.pending[:, None], [0] * len(group.requests), logits[:, None], engine.eos_id)
+        logits = engine.step(group.pending[:, None], None, group.state)
+        group.pending = group.sampler(logits[:, -1])
+        return group.say(group.pending[:, None], [0] * len(group.requests), logits, engine.eos_id)
 
     def _speculate(self, drafter: Drafter, group: _Group) -> list[TokenEvent]:
         engine, state, pending = self.engine, group.state, group.pending
@@ -270,12 +270,15 @@ class Scheduler:
             owners = draft.rows.tolist()
             n_drafted = [sum(n for n, row in zip(n_drafted, owners) if row == own) for own in range(len(wanted))]
         n = draft.tokens.shape[1]
-        steps = torch.arange(n + 1, device=engine.device)
-        valid = None if int(draft.counts.min()) == n else steps <= draft.counts[:, None]
-        state.begin(n + 1)
-        seq = SeqInfo(positions=state.end()[:, None] + steps, valid=valid)
-        hidden = engine.model(torch.cat([pending[:, None], draft.tokens], dim=1), seq, state=state).hidden
-        draft, accepted, ids, logits = self._take(group, draft, engine.model.head(hidden))
+        tokens = torch.cat([pending[:, None], draft.tokens], dim=1)
+        width = engine.step.width(n + 1)
+        if n and int(state.end().max()) + width <= engine.context:
+            tokens = F.pad(tokens, (0, width - n - 1))
+        steps = torch.arange(tokens.shape[1], device=engine.device)
+        valid = None if int(draft.counts.min()) == len(steps) - 1 else steps <= draft.counts[:, None]
+        state.begin(len(steps))
+        logits = engine.step(tokens, valid, state)[:, : n + 1]
+        draft, accepted, ids, logits = self._take(group, draft, logits)
         drafter.committed(draft, accepted, ids)
         given, kept = draft.counts.tolist(), accepted.tolist()
         group.pending = ids

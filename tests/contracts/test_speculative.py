@@ -63,6 +63,9 @@ class Foreteller:
     def keep(self, rows: Sequence[int]) -> None:
         self.rest = [self.rest[row] for row in rows]
 
+    def compile(self) -> None:
+        """There is no model."""
+
     def state_bytes(self) -> int:
         return 0
 

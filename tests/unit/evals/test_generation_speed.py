@@ -29,6 +29,12 @@ def test_drafters_beside_plain_decoding(tmp_path: Path) -> None:
     assert records[0]["times_plain"] == 1 and "acceptance" in records[1] and "acceptance" not in records[0]
 
 
+def test_drawn_texts_are_those_of_plain_decoding_with_look_up(tmp_path: Path) -> None:
+    records = bench(tmp_path, drafters=["lookup", "lookup-tree:3"], draft_tokens=2, temperature=0.8, new_tokens=20)
+    assert [r["implementation"] for r in records] == ["plain", "lookup 2", "lookup-tree:3 2"]
+    assert all(r["same_tokens"] and r["temperature"] == 0.8 for r in records)
+
+
 def test_transformers_says_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     plain, peer = bench(tmp_path, peer="transformers", batch=2)
@@ -57,6 +63,7 @@ def test_precisions_and_eight_bits(tmp_path: Path) -> None:
         ({"prompt_tokens": 500}, "context 48"),
         ({"n_prompts": 500}, "too few"),
         ({"text": "none.txt"}, "cannot read none"),
+        ({"temperature": 0.5, "peer": "transformers"}, "set temperature=0"),
     ],
 )
 def test_mistakes(tmp_path: Path, keys: dict[str, object], message: str) -> None:

@@ -256,7 +256,7 @@ def test_speculation_changes_nothing_but_the_time(cli: Cli, run_folder: Path, dr
         (["--speculate", "lookup:0"], "needs a whole number of at least 1"),
         (["--speculate", "lookup", "--draft-tokens", "many"], "needs a whole number"),
         (["--draft-tokens", "3"], "--draft-tokens has no effect without --speculate"),
-        (["--speculate", "lookup", "compile=true"], "compile=true is for plain decoding and has no effect with"),
+        (["--speculate", "lookup-tree"], "needs a whole number of at least 1"),
         (["--speculate", "model:nowhere"], "nowhere"),
     ],
 )
