@@ -9,8 +9,8 @@ the environment variable MANYFORMER_API_KEY.
 
   --chat-template FILE     a Jinja template for chats (default: the model's own; plain "User:" and "Assistant:" lines
                            where it has none)
-  --speculate DRAFTER      draft tokens and check them in one forward, as for generate: lookup, lookup-tree:4, slice:1/4,
-                           loops:1, model:PATH
+  --speculate DRAFTER      draft tokens and check them in one forward, as for generate: lookup, lookup-tree:4,
+                           slice:1/4, loops:1, model:PATH
   --draft-tokens N         tokens drafted at once (default 4); auto, or auto:N
 
 keys:

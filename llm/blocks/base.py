@@ -193,6 +193,11 @@ class MixerConfig(Tagged):
         """What it costs; equal to the built module."""
         raise NotImplementedError
 
+    def causal_share(self, seq_len: int) -> float:
+        """Of the work between tokens that its forward does, the share in which a later one asks an earlier one; it is
+        what `cost` tells: half of it, where whole squares of tokens are multiplied."""
+        return (seq_len + 1) / (2 * seq_len)
+
     def longest(self, max_seq_len: int) -> int | None:
         """Most tokens of a sequence that it can read in a model of max_seq_len; None: any number."""
         return None

@@ -20,6 +20,7 @@ from llm.blocks.linears.dense import project
 from llm.blocks.mixers.test_time_memory import MemoryConfig, MemoryMixer
 from llm.blocks.test_time_memory import wide, without_autocast
 from llm.core.cost import Cost, Dims, Mode
+from llm.core.document_rows import DocumentRows
 from llm.core.errors import UserError
 from llm.core.init import Init, normal
 from llm.core.registry import About
@@ -144,15 +145,8 @@ class MemoryAsContext(TokenMixer):
     def forward(self, x: Tensor, seq: SeqInfo) -> Tensor:
         if seq.cu_seqlens is None:
             return self._documents(x)
-        # One row per document, padded on the right, where nothing looks at it.
-        flat = x.flatten(0, 1)
-        starts, n_tokens = seq.cu_seqlens.long(), flat.shape[0]
-        longest = min(seq.max_seqlen or x.shape[1], x.shape[1])
-        index = starts[:-1, None] + torch.arange(longest, device=x.device)
-        y = self._documents(flat[index.clamp(max=n_tokens - 1)])
-        place = torch.arange(n_tokens, device=x.device)
-        document = torch.searchsorted(starts[1:].contiguous(), place, right=True).clamp(max=len(starts) - 2)
-        return y[document, (place - starts[document]).clamp(max=longest - 1)].view_as(x)
+        rows = DocumentRows(seq, x.shape[1])
+        return rows.join(self._documents(rows.split(x)))
 
     def _documents(self, x: Tensor) -> Tensor:
         """x [B, T, D], one document per row from its start, segment by segment."""

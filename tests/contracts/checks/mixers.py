@@ -99,9 +99,10 @@ def check_flops_cost(config: MixerConfig) -> None:
     """cost() agrees with torch's counter within 10%, for training and for decoding.
 
     The counter's figures at T = 32 and 64 are split into a part linear in T and a quadratic one (it counts the full
-    square of scores). What does not depend on the context must lie between 0.9 times the linear part and 1.1 times the
-    same with element-wise work; what does, at most 5% above the causal half of the square, and not zero where there is
-    a square. In decoding, a step after 32 tokens must cost what the counter says, element-wise work again optional.
+    square of scores). What does not depend on the context must lie between 0.9 times the linear part and 1.1 times
+    the same with element-wise work; what does, at most 5% above the causal half of the square (`causal_share`), and not
+    zero where there is a square. In decoding, a step after 32 tokens must cost what the counter says, element-wise work
+    again optional.
     """
     mixer = build_mixer(config, torch.float32)
     dims = context().dims()
@@ -117,7 +118,7 @@ def check_flops_cost(config: MixerConfig) -> None:
     free = cost.flops_per_token - cost.attention_flops
     low, high = 0.9 * linear, 1.1 * (linear + max(0.0, linear_elementwise)) + 1.0
     assert low <= free <= high, f"context-free FLOPs: cost() says {free:.0f}, counted {low:.0f} to {high:.0f}"
-    causal = square / 32 * (33 / 64)
+    causal = square / 32 * config.causal_share(32)
     assert cost.attention_flops <= 1.05 * causal + 1.0, (
         f"context FLOPs: cost() says {cost.attention_flops}, counted {causal}"
     )

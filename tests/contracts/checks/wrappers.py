@@ -32,6 +32,10 @@ class AsMixer:
 
     config: WrapperConfig
 
+    def causal_share(self, seq_len: int) -> float:
+        """Of the work between tokens, as of a mixer that multiplies whole squares."""
+        return (seq_len + 1) / (2 * seq_len)
+
     def build(self, ctx: BuildCtx) -> TokenMixer:
         """The model on the current default device, hidden states out."""
         return _Adapter(wrapped_model(self.config).build(torch.get_default_device().type))

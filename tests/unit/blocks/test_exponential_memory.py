@@ -67,12 +67,13 @@ def recurrence(core: ExponentialCore, q: Tensor, k: Tensor, v: Tensor, gates: Ga
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(z)
 
     for t in range(q.shape[1]):
-        error = v[:, t] - recall(k[:, t]) if bias == "l2" else None
+        window = range(min(gates.gamma.shape[-1], t + 1))
+        errors = [v[:, t - j] - (recall(k[:, t - j]) if bias == "l2" else 0) for j in window]
         alpha = 1.0 if gates.log_alpha is None else gates.log_alpha[:, t, :, None].exp()
         updates = [alpha * u for u in updates] + [torch.zeros_like(v[:, t])]
-        for j in range(min(gates.gamma.shape[-1], t + 1)):
+        for j in window:
             rate = (gates.eta[:, t] * gates.gamma[:, t, :, j])[..., None]
-            updates[t - j] = updates[t - j] + rate * (v[:, t - j] if error is None else error)
+            updates[t - j] = updates[t - j] + rate * errors[j]
         outputs.append(recall(q[:, t]))
     return torch.stack(outputs, dim=1)
 
@@ -105,6 +106,8 @@ LINEAR = {
     "swdt": {"preset": "swdt", "memory": "matrix", "window": 3},
     "swdt wide": {"preset": "swdt", "memory": "matrix", "window": T + 3},
     "dot": {"preset": "dot"},
+    "dot window": {"preset": "dot", "window": 3, "gamma": "learned"},
+    "dot wide": {"preset": "dot", "window": T + 3},
     "dot kept": {"preset": "dot", "retention": "none"},
     "dot fixed": {"preset": "dot", "learn_scale": False},
 }
@@ -165,10 +168,21 @@ def test_the_truncated_feature_map_converges_to_the_dual_form(keys: dict[str, An
     assert gaps[0] > 1e-2 and gaps[-1] < 1e-9, gaps
 
 
-@pytest.mark.parametrize("keys", [{}, {"retention": "none"}, {"preset": "swdt", "window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"retention": "none"},
+        {"preset": "swdt", "window": 3},
+        {"preset": "dot", "memory": "mlp", "chunk": 5},
+        {"preset": "dot", "memory": "mlp", "chunk": 1, "retention": "none"},
+        {"preset": "dot", "memory": "mlp", "chunk": 4, "window": 3},
+    ],
+    ids=str,
+)
 def test_deep_memories_equal_the_token_loop_over_the_truncated_map(keys: dict[str, Any]) -> None:
-    """Inner gradients by autograd at the memory before the document; its first layer acts on the monomials of degree 1,
-    which are the keys themselves."""
+    """Inner gradients by autograd at the memory before the document or the chunk; its first layer acts on the monomials
+    of degree 1, which are the keys themselves."""
     given = config(**({"preset": "deep_transformer", "expansion": 2} | keys))
     core = core_of(given)
     with torch.no_grad():
@@ -176,7 +190,9 @@ def test_deep_memories_equal_the_token_loop_over_the_truncated_map(keys: dict[st
     q, k, v, gates = sample(given.window, forgets=given.forgets)
     with torch.no_grad():
         exact = (whole(core, q, k, v, gates) - q).transpose(1, 2)
-    tokens = each_tensor(Tokens(q, k, v, gates), lambda x: x.detach().transpose(1, 2))
+    # The memory adds its key to what it answers.
+    target = v - k if given.bias == "l2" else v
+    tokens = each_tensor(Tokens(q, k, target, gates), lambda x: x.detach().transpose(1, 2))
     scale = core.scale(q).detach()[:, None, None]
     gaps = []
     for degree in (1, 4, 18):
@@ -184,7 +200,7 @@ def test_deep_memories_equal_the_token_loop_over_the_truncated_map(keys: dict[st
         powers = [b for b in itertools.product(range(degree + 1), repeat=D) if sum(b) <= degree]
         columns = [powers.index(tuple(int(i == j) for i in range(D))) for j in range(D)]
         w2[..., columns] = core.w2.detach() / (scale.sqrt() * (-scale / 2).exp())
-        form = Form("mlp", "dot", window=given.window, block=T)
+        form = Form("mlp", given.bias, window=given.window, block=T if given.bias == "dot" else given.n_chunk)
         y, _ = run_reference(form, taylor(degree, core), (core.w1.detach(), w2), tokens)
         gaps.append(float((y.detach() - exact).abs().max()))
     assert gaps[0] > 1e-3 and gaps[0] > gaps[1] and gaps[-1] < 1e-9, gaps
@@ -213,8 +229,8 @@ def test_presets_and_what_is_refused() -> None:
         made = config(preset=name)
         assert ExponentialMemoryConfig.model_validate(made.to_dict()) == made
     for keys, match in (
-        ({"preset": "dot", "window": 2}, "takes the error of each token 2 times"),
-        ({"preset": "dot", "memory": "mlp"}, "has no closed form"),
+        ({"preset": "dot", "chunk": 4}, "chunk has no effect"),
+        ({"preset": "swdt", "chunk": 4}, "chunk has no effect"),
         ({"preset": "dot", "expansion": 2}, "expansion has no effect"),
         ({"preset": "deep_transformer", "eta": "one", "eta_start": 0.5}, "eta_start has no effect"),
         ({"preset": "dot", "eta_start": 1.5}, "must be below 1"),
