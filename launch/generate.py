@@ -1,6 +1,8 @@
 """usage: python launch/generate.py RUN [--prompt TEXT ...] [--file FILE] [key=value ...]
 
 Continue prompts with a trained model. RUN is a run folder, one of its checkpoints, or a folder of a Hugging Face model.
+Under torchrun all processes share the model, each with its part of the heads and hidden units (tensor parallelism):
+torchrun --nproc-per-node 2 launch/generate.py RUN ...
 Each --prompt is one prompt; --file takes a UTF-8 file as one, and of a .jsonl file the "prompt" of each line; with
 neither, stdin is read. "" starts a new text.
 
@@ -61,6 +63,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
+import os
 import random
 import time
 from typing import TYPE_CHECKING, Literal
@@ -143,7 +146,13 @@ def main(argv: list[str]) -> None:
         _check_chat(given, options)
     elif ignored := [name for name in ("system", "chat_template") if getattr(given, name) is not None]:
         raise UserError(f"--{ignored[0].replace('_', '-')} has no effect without --chat; add it")
-    prompts = [""] if given.chat else _prompts(given.prompt, given.file, options.lines)
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    first = not shared or os.environ.get("RANK") == "0"
+    if shared:
+        _check_shared(given, options)
+        if not first:
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    prompts = [""] if given.chat or not first else _prompts(given.prompt, given.file, options.lines)
     if given.save_state is not None and (len(prompts) != 1 or given.load_state or given.speculate):
         raise UserError(
             f"--save-state reads one prompt and writes nothing else; given: {len(prompts)} prompts"
@@ -161,9 +170,14 @@ def main(argv: list[str]) -> None:
     from llm.generate.speculation import make_draft_length, make_drafter
     from llm.generate.text import encode_prompt, generate_text
     from llm.models.nesting import set_widths
+    from llm.parallel.tensor import join_ranks, same_for_all
     from llm.train.hardware import peak_memory
 
     device = pick_device(options.device)
+    seed = options.seed if options.seed is not None or options.greedy else random.SystemRandom().randrange(2**31)
+    ranks = join_ranks(device)
+    if ranks is not None:
+        prompts, seed = same_for_all(ranks, [prompts, seed], device)
     model, tokenizer, _ = load_model(
         given.model,
         device=device,
@@ -171,6 +185,7 @@ def main(argv: list[str]) -> None:
         tokenizer=options.tokenizer,
         quantize=options.quantize,
         pack=options.pack,
+        ranks=ranks,
     )
     set_widths(model, options.of(model.config))
     n_params = sum(p.numel() for p in model.parameters())
@@ -183,7 +198,6 @@ def main(argv: list[str]) -> None:
         print(f"{len(ids)} tokens read, their state is in {given.save_state}", file=sys.stderr)
         return
     prefix = Prefix.load(given.load_state) if given.load_state is not None else None
-    seed = options.seed if options.seed is not None or options.greedy else random.SystemRandom().randrange(2**31)
     settings = {name: getattr(options, name) for name in Sampling.model_fields}
     samplings = [
         Sampling(**settings | {"seed": None if seed is None else seed + k}) for _ in prompts for k in range(options.n)
@@ -274,6 +288,17 @@ def _speculation_summary(name: str, speculation: Speculation, peak_bytes: int, s
     if speed_up is not None:
         parts.append(f"{speed_up:.2f} times as fast as plain decoding of the same prompts")
     print("; ".join(parts), file=sys.stderr)
+
+
+def _check_shared(given: argparse.Namespace, options: GenerateOptions) -> None:
+    """UserError for what processes that share a model cannot do."""
+    flags = [name for name in ("chat", "save_state", "load_state") if getattr(given, name)]
+    keys = [name for name in ("compile", "quantize", "slice", "widths") if name in options.model_fields_set]
+    if flags or keys:
+        name = f"--{flags[0].replace('_', '-')}" if flags else keys[0]
+        raise UserError(f"{name} is for one process, torchrun started several; remove it, or start without torchrun")
+    if (given.draft_tokens or "").startswith("auto"):
+        raise UserError("--draft-tokens auto goes by the clock, which differs between processes; give a number")
 
 
 def _check_chat(given: argparse.Namespace, options: GenerateOptions) -> None:

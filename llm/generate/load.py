@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 
 from llm.blocks.linears.dense import let_join
 from llm.blocks.linears.packed import let_pack
-from llm.checkpoint import load_model_tensors, resolve_checkpoint
+from llm.checkpoint import StoredTensors, load_model_tensors, resolve_checkpoint
 from llm.checkpoint.hf import is_hf_folder, load_hf
 from llm.checkpoint.hf.build import build_model
 from llm.config.load import read_tree, resolve, validate
@@ -20,6 +21,7 @@ from llm.generate.quantize import Quantize, quantize_model
 from llm.models.config import ModelConfig
 from llm.models.decoder import Decoder
 from llm.models.wrappers.base import Wrapper
+from llm.parallel.tensor import Ranks, Shares, share_config, sum_over_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,15 +42,18 @@ def load_model(
     tokenizer: str | Path | None = None,
     quantize: Quantize = "none",
     pack: bool = True,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """(model in evaluation mode, tokenizer, run config) of a run folder, a checkpoint or a Hugging Face folder.
 
     tokenizer: folder of the tokenizer, where it does not lie with the model. quantize: eight bits a weight for the
     model's matrices; what that came to is told on stderr. pack: on a CPU in fp32 keep a second copy of large weights,
-    made when a product with 4 to 32 rows first needs it, which makes such products up to several times as fast.
+    made when a product with 4 to 32 rows first needs it, which makes such products up to several times as fast. ranks:
+    processes that share the model, each of which gets its part (llm/parallel/tensor.py).
     UserError when anything is missing, damaged, or does not fit together.
     """
     path = Path(path)
+    tensors: Mapping[str, torch.Tensor]
     if is_hf_folder(path):
         config, tensors = load_hf(path)
         tree: dict[str, Any] = {}
@@ -56,7 +61,7 @@ def load_model(
     else:
         step = resolve_checkpoint(path)
         tree = read_run_config(step)
-        tensors = load_model_tensors(step)
+        tensors = load_model_tensors(step) if ranks is None else StoredTensors(step)
         config = model_config(tree, step, tensors["embed.weight"].shape[0] if "embed.weight" in tensors else None)
         found = load_tokenizer(tokenizer or find_tokenizer(step, tree))
     if found.vocab_size > config.required_vocab_size():
@@ -64,7 +69,12 @@ def load_model(
             f"the tokenizer has {found.vocab_size} tokens, the model in {path} only {config.vocab_size}; "
             "give the tokenizer that it was trained with as tokenizer=FOLDER"
         )
-    model = build_model(config, tensors, device=device, dtype=dtype, source=str(path))
+    if ranks is None:
+        model = build_model(config, tensors, device=device, dtype=dtype, source=str(path))
+    else:
+        share = share_config(config, ranks.size)
+        model = build_model(share, Shares(config, tensors, ranks), device=device, dtype=dtype, source=str(path))
+        sum_over_ranks(model, config, ranks)
     if quantize != "none":
         print(quantize_model(model, quantize), file=sys.stderr)
     let_join(model)
