@@ -13,6 +13,24 @@ from llm.core.errors import UserError
 Record = dict[str, Any]
 
 
+def whole_lines(path: Path) -> list[Any]:
+    """The objects of a file of JSON lines, from which a line that a kill left unfinished is cut off. ValueError when a
+    whole line is no JSON."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    found = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return found
+
+
+def append_lines(path: Path, rows: Iterable[Record]) -> None:
+    """Write objects behind those of a file of JSON lines; they are in the file when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
 class Records:
     """The file of one evaluation: its first line holds the conditions, each other line one sample with a unique `id`.
 
@@ -34,12 +52,11 @@ class Records:
 
     def _read(self, wanted: Record) -> bool:
         """Take over the whole lines; False when there is not even a first one."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if not whole:
-            return False
         try:
-            first, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+            lines = whole_lines(self.path)
+            if not lines:
+                return False
+            first, *rows = lines
             known = first["conditions"]
             self.done = {row["id"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
@@ -50,17 +67,13 @@ class Records:
                     f"{self.path} holds results of other conditions: {name} was {known.get(name)!r}, now it is "
                     f"{wanted.get(name)!r}; remove the file or name another place with out="
                 )
-        if len(whole) < len(data):
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
         return True
 
     def add(self, rows: Iterable[Record]) -> None:
         """Append samples, each with a new `id`; they are in the file when this returns."""
         rows = list(rows)
         assert not {row["id"] for row in rows} & self.done.keys(), "a sample was done twice"
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        append_lines(self.path, rows)
         self.done |= {row["id"]: row for row in rows}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.babilong.metric import chance
-from evals.records import wilson_interval
+from evals.records import append_lines, whole_lines, wilson_interval
 from llm.core.errors import UserError
 
 CONDITIONS, SAMPLES = "conditions.json", "samples.jsonl"
@@ -72,22 +72,13 @@ class Folder:
 
     def _read(self) -> None:
         file = self.path / SAMPLES
-        if not file.exists():
-            return
-        data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with open(file, "r+b") as stream:
-                stream.truncate(len(whole))
-        for line in whole.decode().splitlines():
-            row = json.loads(line)
-            self.rows[key_of(row)] = row
+        if file.exists():
+            self.rows = {key_of(row): row for row in whole_lines(file)}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append results."""
         rows = list(rows)
-        with open(self.path / SAMPLES, "a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_lines(self.path / SAMPLES, rows)
         self.rows.update((key_of(row), row) for row in rows)
 
 
