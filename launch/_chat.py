@@ -10,11 +10,13 @@ from llm.data.tokenizer import Tokenizer
 from llm.generate.chat import Chat, reply
 from llm.generate.engine import Engine
 from llm.generate.sampling import Sampling
+from llm.generate.scheduler import Scheduler
 
 
 def converse(engine: Engine, tokenizer: Tokenizer, chat: Chat, sampling: Sampling, system: str | None) -> None:
     """Answer each line until the end of stdin. When the conversation outgrows the context its oldest turns are
     forgotten; the system's message stays."""
+    scheduler = Scheduler(engine)
     opening = [] if system is None else [{"role": "system", "content": system}]
     talk: list[dict[str, str]] = []
     for line in _lines():
@@ -25,7 +27,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, chat: Chat, sampling: Samplin
         if len(talk) < n_turns:
             print(f"(the oldest {n_turns - len(talk)} messages are forgotten: the context is full)", file=sys.stderr)
         answer = ""
-        for text in reply(engine, tokenizer, chat, [*opening, *talk], sampling):
+        for text in reply(scheduler, tokenizer, chat, [*opening, *talk], sampling):
             answer += text
             sys.stdout.write(text)
             sys.stdout.flush()

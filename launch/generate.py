@@ -101,6 +101,10 @@ VALUED = {
 }
 """Flags that a value follows."""
 
+CHAT_CACHE = 256 * 2**20
+"""Bytes of pages and states in which a conversation is kept, so that only its newest message is read. Not with compile,
+which holds no pages."""
+
 NOT_IN_CHAT = ("n", "stream", "echo", "jsonl", "lines", "compare", "max_batch")
 """Keys that have no effect in a conversation."""
 
@@ -228,6 +232,7 @@ def main(argv: list[str]) -> None:
             draft_length=make_draft_length(given.draft_tokens or "4"),
             prefix=prefix,
             compile=options.compile,
+            prefix_cache=CHAT_CACHE if given.chat and not options.compile else 0,
         )
         if options.compile and given.speculate is not None and options.compare:
             # What is compared is decoding, not the compiler.

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from llm.core.errors import UserError
 from llm.data.tokenizer import Tokenizer
-from llm.generate.engine import Engine
 from llm.generate.sampling import Sampling
+from llm.generate.scheduler import Scheduler
 from llm.generate.text import TextStream
 
 Message = Mapping[str, str]
@@ -65,9 +65,10 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def reply(
-    engine: Engine, tokenizer: Tokenizer, chat: Chat, messages: Sequence[Message], sampling: Sampling
+    scheduler: Scheduler, tokenizer: Tokenizer, chat: Chat, messages: Sequence[Message], sampling: Sampling
 ) -> Iterator[str]:
-    """The assistant's answer, piece by piece. Errors as `Chat.encode` and `Engine.stream`."""
+    """The assistant's answer, piece by piece. What the scheduler knows of the conversation is not read again. Errors as
+    `Chat.encode` and `Engine.stream`."""
     stream = TextStream(tokenizer.pieces, [*sampling.stop, *chat.stop])
     fresh: deque[str] = deque()
 
@@ -77,7 +78,8 @@ def reply(
         fresh.append(stream.push(token))
         return stream.stopped
 
-    for event in engine.stream([chat.encode(messages)], sampling, stop=stop):
+    prompts = [chat.encode(messages)]
+    for event in scheduler.engine.stream(prompts, sampling, stop=stop, scheduler=scheduler):
         text = fresh.popleft() if fresh else ""
         if event.finish is not None and not stream.stopped:
             text += stream.close()

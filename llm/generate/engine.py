@@ -134,8 +134,10 @@ class Engine:
         sampling: Sampling | Sequence[Sampling],
         *,
         stop: StopCheck | None = None,
+        scheduler: Scheduler | None = None,
     ) -> Iterator[TokenEvent]:
-        """Tokens of all requests as they come. sampling: one for all, or one for each prompt.
+        """Tokens of all requests as they come. sampling: one for all, or one for each prompt. scheduler: one of this
+        engine that is idle; what it knows of earlier prompts is not read again.
 
         UserError when a prompt is empty, holds an id outside the vocabulary or leaves no room for a new token.
         """
@@ -143,7 +145,7 @@ class Engine:
         assert len(samplings) == len(prompts), "one Sampling for each prompt"
         for number, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {number}")
-        scheduler = Scheduler(self)
+        scheduler = scheduler or Scheduler(self)
         requests: dict[int, int] = {}
         # Prompts of like length are read together with little padding.
         for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):

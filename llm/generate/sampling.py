@@ -176,7 +176,7 @@ class Sampler:
         logits = logits.float()
         n = drafts.shape[1] + 1
         targets = torch.zeros(len(rows), n, dtype=torch.int64, device=logits.device)
-        for sampling, own in self.groups:
+        for sampling, own in ((sampling, set(group)) for sampling, group in self.groups):
             mine = [place for place, row in enumerate(rows) if row in own]
             if not mine:
                 continue

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from llm.core.errors import UserError
+from llm.core.init import initialise
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.data.tokenizer.backend import train_bpe
 from llm.data.tokenizer.simple import BytesTokenizer
-from llm.generate.chat import PlainChat, TemplateChat, load_chat
+from llm.generate.chat import PlainChat, TemplateChat, load_chat, reply
+from llm.generate.engine import Engine
+from llm.generate.sampling import Sampling
+from llm.generate.scheduler import Scheduler
+from llm.models.config import ModelConfig
 
 pytest.importorskip("jinja2")
 
@@ -132,3 +137,24 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="refuses these messages"):
             TemplateChat(tokenizer, source, "x").encode(TALK)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "retention"])
+def test_a_conversation_is_read_once(mixer: str, tmp_path: Path) -> None:
+    """Answers are those of a scheduler that knows nothing, and earlier messages come from what was kept."""
+    tokenizer, chat = chatml(tmp_path)
+    block = {"mixer": {"type": mixer, "n_heads": 2}, "channel": {"type": "swiglu"}}
+    tree = {"vocab_size": tokenizer.vocab_size, "d_model": 16, "max_seq_len": 2048, "layers": [{"pattern": [block]}]}
+    model = ModelConfig.model_validate(tree).build("cpu")
+    initialise(model, 0)
+    model.eval()
+    greedy = Sampling(temperature=0, max_new_tokens=8, ignore_eos=True)
+    kept = Scheduler(Engine(model, prefix_cache=10**7, page_size=4))
+    messages = [{"role": "user", "content": "one two three four five six seven eight nine ten"}]
+    for turn in range(3):
+        n_read = kept.n_prompt_read
+        answer = "".join(reply(kept, tokenizer, chat, messages, greedy))
+        assert answer == "".join(reply(Scheduler(Engine(model)), tokenizer, chat, messages, greedy))
+        if turn:
+            assert kept.n_prompt_read - n_read < len(chat.encode(messages)) / 2
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"and {turn}?"}]
