@@ -42,7 +42,7 @@ keys:
   max_batch=32            prompts that run together
   tokenizer=              folder of the tokenizer, if it does not lie with the model
   compile=false           compile the steps of decoding, about twice as fast on a CPU after some seconds for each
-  compare=true            with --speculate: generate once more without, and tell the speed-up
+  compare=                with --speculate: generate once more without, and tell the speed-up (default: if not compiled)
   num_threads=            CPU threads (default: one for small models, where more cost time)
 
 examples:
@@ -126,7 +126,7 @@ class GenerateOptions(Sampling, SliceOptions):
     max_batch: int = Field(32, ge=1)
     tokenizer: str | None = None
     compile: bool = False
-    compare: bool = True
+    compare: bool | None = None
     num_threads: int | None = Field(None, ge=1)
 
 
@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
     from llm.parallel.tensor import join_ranks, same_for_all
     from llm.train.hardware import peak_memory
 
+    compare = given.speculate is not None and (not options.compile if options.compare is None else options.compare)
     device = pick_device(options.device)
     seed = options.seed if options.seed is not None or options.greedy else random.SystemRandom().randrange(2**31)
     ranks = join_ranks(device)
@@ -234,7 +235,7 @@ def main(argv: list[str]) -> None:
             compile=options.compile,
             prefix_cache=CHAT_CACHE if given.chat and not options.compile else 0,
         )
-        if options.compile and given.speculate is not None and options.compare:
+        if options.compile and compare:
             # What is compared is decoding, not the compiler.
             engine.warm_up()
         return engine
@@ -275,7 +276,7 @@ def main(argv: list[str]) -> None:
     if drafter is not None:
         plain: float | None = None
         peak = peak_memory(device)
-        if options.compare:
+        if compare:
             made, n_tokens, first_token = n_tokens, 0, None
             without = new_engine(None)
             started = time.perf_counter()
