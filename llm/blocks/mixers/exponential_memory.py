@@ -291,8 +291,8 @@ class ExponentialCore(nn.Module):
                 both = (held[:, None].expand(-1, n_new, -1), before.expand(state.batch, -1, -1))
                 before = torch.cat(both, dim=-1)[:, None]
             asked = end[:, None] + torch.arange(n_new, device=q.device)
-            cuts: Sequence[int] = ()
-            if self.config.deep_errors:
+            cuts: Sequence[int] = (0,)
+            if self.config.deep_errors and n_new > 1:
                 chunk = self.config.n_chunk
                 cuts = sorted({0, *(n for place in set(end.tolist()) for n in range(-place % chunk, n_new, chunk))})
             fresh = self._write(k, v, gates, before, asked, cuts, past)
