@@ -299,7 +299,8 @@ def _speculation_summary(name: str, speculation: Speculation, peak_bytes: int, s
 def _check_shared(given: argparse.Namespace, options: GenerateOptions) -> None:
     """UserError for what processes that share a model cannot do."""
     flags = [name for name in ("chat", "save_state", "load_state") if getattr(given, name)]
-    keys = [name for name in ("compile", "quantize", "slice", "widths") if name in options.model_fields_set]
+    names = ("compile", "quantize", "slice", "widths")
+    keys = [name for name in names if getattr(options, name) != type(options).model_fields[name].default]
     if flags or keys:
         name = f"--{flags[0].replace('_', '-')}" if flags else keys[0]
         raise UserError(f"{name} is for one process, torchrun started several; remove it, or start without torchrun")

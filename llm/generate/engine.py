@@ -157,16 +157,20 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile what the first answers need: the steps of one row and of several, those of drafts included."""
-        prompt = [0] * 4 if self.prefix is None else list(self.prefix.tokens)
+        prompt = [0] * min(4, self.context - 1) if self.prefix is None else list(self.prefix.tokens)
         n_tokens = 3 if self.drafter is None else 3 + 2 * self.draft_length.most
+        widths = [] if self.drafter is None else [width for width in self.step.widths if width <= self.context]
+        # What a length costs is not learned from the time that the compiler takes.
+        own = self.draft_length
+        self.draft_length = DraftLength(own.most, adaptive=own.adaptive)
         for n in {1, min(3, self.max_batch)}:
             self.generate([prompt] * n, Sampling(temperature=0, max_new_tokens=n_tokens, ignore_eos=True))
-            for width in self.step.widths if self.drafter is not None else ():
+            for width in widths:
                 state = self.new_state(n)
                 state.begin(width)
                 with torch.no_grad():
                     self.step(torch.zeros(n, width, dtype=torch.int64, device=self.device), None, state)
-        self.speculation = Speculation()
+        self.draft_length, self.speculation = own, Speculation()
 
     def check(self, prompt: Prompt, name: str) -> None:
         """UserError, in which the prompt has this name, when it cannot be continued."""

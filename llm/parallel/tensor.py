@@ -25,6 +25,7 @@ from llm.parallel.plan import ParallelPlan, TPStyle, plan_of
 
 BY_HEAD = ("alibi",)
 """Positions that differ from head to head by its number."""
+ALONE = "run it in one process"
 
 
 class Ranks(NamedTuple):
@@ -79,9 +80,6 @@ def share_config(config: ModelConfig, n_ranks: int) -> ModelConfig:
     for wrapper in config.wrappers:
         _plan(wrapper, f"wrapper {wrapper.type}")
     return config.replace(layers=[LayerGroup(pattern=blocks)])
-
-
-ALONE = "run it in one process"
 
 
 def _plan(part: Any, where: str) -> ParallelPlan:

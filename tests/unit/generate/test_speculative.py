@@ -314,3 +314,14 @@ def test_acceptance_is_learned() -> None:
     assert len(length.acceptance) == 1
     with pytest.raises(UserError, match="draft at least 1"):
         DraftLength(0)
+
+
+@pytest.mark.parametrize("context", [128, 3])
+def test_warming_up_teaches_nothing(context: int) -> None:
+    """Neither counts nor costs, which would be the compiler's, and no context is too short for it."""
+    model = build()
+    engine = Engine(model, drafter=ModelDrafter(model), draft_length=DraftLength(4, adaptive=True), context=context)
+    engine.step.widths = (1, 3, 5)
+    engine.warm_up()
+    assert engine.speculation.n_drafted == 0 and engine.draft_length.n_rounds == 0
+    assert engine.draft_length.draft_seconds == 0
