@@ -6,7 +6,6 @@ that starts documents before an empty one; what is too long loses tokens on the 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from llm.generate.load import DTYPES, load_model, pick_device
 from llm.generate.quantize import Quantize
 from llm.generate.sampling import Sampling
 from llm.generate.text import TextStream
+from llm.parallel.tensor import join_ranks
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 IGNORED = ("do_sample", "until", "max_gen_toks")
@@ -70,9 +70,10 @@ class ManyformerLM(TemplateLM):
             raise UserError(f"precision is {precision!r}; allowed: {', '.join(DTYPES)}")
         self.checkpoint, self.precision, self.quantize, self.seed = str(checkpoint), precision, quantize, seed
         self.add_bos_token, self.max_gen_toks = add_bos_token, max_gen_toks
-        self._device = _join(pick_device(device or "auto"))
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._device = pick_device(device or "auto")
+        ranks = join_ranks(self._device)
+        if ranks is not None:
+            self._rank, self._world_size = ranks.rank, ranks.size
         loaded = load_model(
             checkpoint, device=self._device, dtype=DTYPES[precision], tokenizer=tokenizer, quantize=quantize
         )
@@ -263,14 +264,3 @@ class ManyformerLM(TemplateLM):
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def _join(device: torch.device) -> torch.device:
-    """Meet the other processes of torchrun, if there are any; this one's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device

@@ -7,6 +7,7 @@ The parts say how they are split (`ParallelPlan`).
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ class Ranks(NamedTuple):
 
 def join_ranks(device: torch.device) -> Ranks | None:
     """The processes that torchrun started, joined (nccl on CUDA, where each takes the device of its local rank, else
-    gloo); None for a single one."""
+    gloo) until this one ends; None for a single one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return None
@@ -46,7 +47,14 @@ def join_ranks(device: torch.device) -> Ranks | None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo's threads, when they outlive the interpreter, abort the process now and then.
+        atexit.register(_leave)
     return Ranks(dist.get_rank(), size)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def same_for_all(ranks: Ranks, value: Any, device: torch.device) -> Any:
