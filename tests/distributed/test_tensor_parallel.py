@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llm.blocks.base import CHANNELS, MIXERS
 from llm.checkpoint.hf.build import build_model
@@ -20,7 +24,7 @@ from llm.generate.engine import Engine
 from llm.generate.sampling import Sampling
 from llm.models.config import ModelConfig
 from llm.parallel.plan import plan_of
-from llm.parallel.tensor import Ranks, Shares, same_for_all, share_config, sum_over_ranks
+from llm.parallel.tensor import Ranks, Shares, join_ranks, same_for_all, share_config, sum_over_ranks
 from tests.contracts.checks.harness import VOCAB, fill, tiny_model
 from tests.distributed.harness import run_ranks
 from tests.unit.generate.runs import write_run
@@ -112,6 +116,23 @@ def _told(rank: int) -> Any:
 
 def test_all_ranks_know_what_the_first_was_told() -> None:
     assert run_ranks(_told, 2) == [{"prompts": ["ä", "b"]}] * 2
+
+
+def _join_and_end(rank: int, store: str) -> tuple[Ranks | None, bool, bool]:
+    dist.destroy_process_group()
+    atexit._clear()
+    meet = partial(dist.init_process_group, init_method=store, rank=rank, world_size=2)
+    with mock.patch.object(dist, "init_process_group", meet):
+        ranks = join_ranks(torch.device("cpu"))
+    dist.barrier()
+    joined = dist.is_initialized()
+    atexit._run_exitfuncs()
+    return ranks, joined, dist.is_initialized()
+
+
+def test_a_process_leaves_its_group_when_it_ends(tmp_path: Path) -> None:
+    found = run_ranks(_join_and_end, 2, f"file://{tmp_path / 'store'}")
+    assert found == [(Ranks(rank, 2), True, False) for rank in range(2)]
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
