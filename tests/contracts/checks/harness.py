@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -236,8 +237,9 @@ def compiled_calls(module: nn.Module, inputs: list[tuple[Any, ...]]) -> tuple[li
         torch._dynamo.reset()
 
 
-def train(model: nn.Module, steps: int, lr: float = 1e-2) -> tuple[float, float]:
-    """Loss before and after AdamW steps on one batch whose next token depends on more than the last one."""
+def train(model: nn.Module, steps: int, lr: float = 1e-2, clip: float = math.inf) -> tuple[float, float]:
+    """Loss before and after AdamW steps on one batch whose next token depends on more than the last one. clip: most
+    that the gradient's norm may be."""
     tokens = torch.randint(0, 6, (2, 25), generator=torch.Generator().manual_seed(3))
     packs = all(getattr(module, "caps", Caps()).packing for module in model.modules())
     seq = SeqInfo.from_lengths([[24], [9, 15]], 24) if packs else SeqInfo.contiguous(2, 24)
@@ -248,6 +250,8 @@ def train(model: nn.Module, steps: int, lr: float = 1e-2) -> tuple[float, float]
         loss = nn.functional.cross_entropy(model.head(hidden).flatten(0, 1).float(), tokens[:, 1:].flatten())  # type: ignore[operator]
         optimizer.zero_grad()
         loss.backward()
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         losses.append(loss.item())
     return losses[0], losses[-1]
